@@ -1,0 +1,256 @@
+"""Typed configuration: every key that a recipe or a command line may set, with its type, unit and meaning.
+
+Hydra composes YAML against these dataclasses, so an unknown key or a wrong type is refused while composing. `validate`
+then refuses impossible values. Both happen before any model is loaded. What needs the target's own config (layer ids,
+head sizes) is checked by `deepspec.drafts.build_draft_config`, which reads no weights either.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work. The message names the key, the value, what is allowed and, if any, a near match."""
+
+
+def near_match(word: str, candidates: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the candidate nearest to `word`, or an empty string."""
+    nearest = difflib.get_close_matches(word, list(candidates), n=1, cutoff=0.5)
+    return f" Did you mean '{nearest[0]}'?" if nearest else ""
+
+
+@dataclass
+class TargetConfig:
+    path: str = "builtin"  # "builtin", a folder, or a Hub id of a Hugging Face causal language model
+    revision: str | None = None  # Hub branch, tag or commit
+    dtype: str = "float32"  # computing dtype of the frozen target: float32, bfloat16, float16
+
+
+@dataclass
+class DraftConfig:
+    algorithm: str = "dspark"  # dspark (sequential and confidence heads) or dflash (backbone alone)
+    num_layers: int = 5  # draft decoder layers
+    block_size: int = 7  # gamma: tokens drafted per round
+    target_layer_ids: list[int] | None = None  # captured target layers, 0-based, -1 = embedding output; null = spread evenly
+    mask_token_id: int | None = None  # token that fills the undrafted slots; null = the tokenizer's mask token
+    markov_rank: int = 256  # r of the sequential head; 0 = no sequential head
+    markov_head_type: str = "vanilla"  # vanilla, gated or rnn
+    confidence_head: bool = True  # predict whether each drafted token survives
+    confidence_head_with_markov: bool = True  # the confidence head also reads the previous token's Markov embedding
+    sliding_window: int | None = None  # a block sees only this many context tokens; null = all
+
+
+@dataclass
+class DataConfig:
+    train_files: list[str] = field(default_factory=list)  # JSONL of {"id", "messages": [{"role", "content"}]}
+    eval_files: list[str] = field(default_factory=list)  # same format; measured during training, never trained on
+    max_length: int = 4096  # tokens; a longer sample is truncated (its count is reported)
+    min_supervised_tokens: int = 14  # samples with fewer assistant tokens are dropped (and counted)
+    chat_template: str | None = None  # a Jinja file in place of the tokenizer's own template
+    template_options: dict[str, Any] = field(default_factory=dict)  # passed to the template, e.g. {enable_thinking: false}
+    num_workers: int = 0  # data loader processes per rank
+
+
+@dataclass
+class FeaturesConfig:
+    source: str = "online"  # online: the target is resident and computes features for each batch
+
+
+@dataclass
+class LossConfig:
+    ce: float = 0.1  # weight of the cross-entropy
+    tv: float = 0.9  # weight of the total variation between draft and target
+    confidence: float = 1.0  # weight of the confidence head's binary cross-entropy
+    decay: float = 4.0  # g in w_k = exp(-(k-1)/g); slots
+
+
+@dataclass
+class TrainConfig:
+    epochs: float = 10.0  # passes over the data; ignored when steps is set
+    steps: int | None = None  # optimizer steps
+    global_batch_size: int = 512  # samples per optimizer step, over all ranks and accumulation steps
+    micro_batch_size: int = 1  # samples per forward pass on one rank
+    num_anchors: int = 512  # A: blocks per sample
+    lr: float = 6e-4  # peak learning rate of AdamW
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.04  # fraction of all steps
+    grad_clip: float = 1.0  # global gradient norm
+    mixed_precision: str = "no"  # no or bf16 (weights and gradients stay float32)
+    save_steps: int = 500  # optimizer steps between checkpoints
+    keep_checkpoints: int = 2  # newest checkpoints kept
+    eval_steps: int = 500  # optimizer steps between passes over data.eval_files
+    resume: str = "auto"  # auto (newest valid checkpoint of output_dir, if any), never, or a checkpoint folder
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass
+class DecodeConfig:
+    max_new_tokens: int = 2048  # per prompt
+    batch_size: int = 1  # prompts decoded together (slots)
+    max_length: int | None = None  # prompt + new tokens that a slot can hold; null = as long as this run needs
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    confidence_threshold: float = 0.0  # stop proposing at the first token whose confidence is below; 0 = always gamma
+    verification: str = "token"  # token or block
+
+
+@dataclass
+class EvalConfig:
+    sets: list[str] = field(default_factory=list)  # names of JSONL files in prompts_dir, without the ending
+    prompts_dir: str = "outputs/corpus/prompts"  # where the sets lie: one {"turns": [...]} a line
+    limit: int | None = 500  # prompts per set
+    temperatures: list[float] = field(default_factory=lambda: [1.0])
+    baseline: bool = True  # also decode without a draft, interleaved, for the speed-up
+    bootstrap_samples: int = 2000  # resamples of the 95% intervals
+
+
+@dataclass
+class WandbConfig:
+    mode: str = "disabled"  # disabled, offline or online
+    project: str = "deepspec"
+    name: str | None = None  # run name; null = the name of output_dir
+    entity: str | None = None
+
+
+@dataclass
+class LoggingConfig:
+    log_steps: int = 10  # optimizer steps between log lines
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+@dataclass
+class TrainRun:
+    """All of `train.py`."""
+
+    target: TargetConfig = field(default_factory=TargetConfig)
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    seed: int = 0  # data order, anchors, initial weights
+    output_dir: str = "outputs/train"  # checkpoints, metrics.jsonl, resolved config
+
+
+@dataclass
+class EvalRun:
+    """All of `eval.py`."""
+
+    checkpoint: str = "???"  # draft folder, run folder (its newest checkpoint) or Hub id
+    target: TargetConfig = field(default_factory=TargetConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    seed: int = 0  # sampling; request i of a set draws from its own stream
+    output_dir: str = "outputs/eval"  # metrics.json, rounds.jsonl, samples
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "target.dtype": ("float32", "bfloat16", "float16"),
+    "draft.algorithm": ("dspark", "dflash"),
+    "draft.markov_head_type": ("vanilla", "gated", "rnn"),
+    "features.source": ("online",),
+    "train.mixed_precision": ("no", "bf16"),
+    "decode.verification": ("token", "block"),
+    "logging.wandb.mode": ("disabled", "offline", "online"),
+}
+
+# (smallest, largest) allowed; None = unbounded.
+RANGES: dict[str, tuple[float | None, float | None]] = {
+    "draft.num_layers": (1, None),
+    "draft.block_size": (1, 64),
+    "draft.markov_rank": (0, None),
+    "draft.sliding_window": (1, None),
+    "data.max_length": (2, None),
+    "data.min_supervised_tokens": (0, None),
+    "data.num_workers": (0, None),
+    "train.epochs": (0, None),
+    "train.steps": (1, None),
+    "train.global_batch_size": (1, None),
+    "train.micro_batch_size": (1, None),
+    "train.num_anchors": (1, None),
+    "train.lr": (0, None),
+    "train.weight_decay": (0, None),
+    "train.warmup_ratio": (0, 1),
+    "train.grad_clip": (0, None),
+    "train.save_steps": (1, None),
+    "train.keep_checkpoints": (1, None),
+    "train.eval_steps": (1, None),
+    "train.loss.ce": (0, None),
+    "train.loss.tv": (0, None),
+    "train.loss.confidence": (0, None),
+    "train.loss.decay": (1e-6, None),
+    "decode.max_new_tokens": (1, None),
+    "decode.batch_size": (1, None),
+    "decode.max_length": (2, None),
+    "decode.top_k": (0, None),
+    "decode.top_p": (1e-6, 1),
+    "decode.confidence_threshold": (0, 1),
+    "eval.limit": (1, None),
+    "eval.temperatures": (0, None),
+    "eval.bootstrap_samples": (1, None),
+    "logging.log_steps": (1, None),
+    "seed": (0, None),
+}
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every leaf of a (nested) config dataclass by its dotted key."""
+    leaves: dict[str, Any] = {}
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            leaves |= flatten(value, f"{prefix}{entry.name}.")
+        else:
+            leaves[f"{prefix}{entry.name}"] = value
+    return leaves
+
+
+def validate(config: TrainRun | EvalRun) -> None:
+    """Refuse impossible values.
+
+    Raises:
+        ConfigError: with the key, its value and what is allowed.
+    """
+    leaves = flatten(config)
+    for key, value in leaves.items():
+        if key in CHOICES and value not in CHOICES[key]:
+            allowed = ", ".join(CHOICES[key])
+            raise ConfigError(f"{key}={value}: must be one of {allowed}.{near_match(str(value), CHOICES[key])}")
+        if key in RANGES:
+            for number in value if isinstance(value, list) else [value]:
+                _check_range(key, number)
+    if isinstance(config, TrainRun):
+        _validate_training(config)
+
+
+def _check_range(key: str, number: float | None) -> None:
+    smallest, largest = RANGES[key]
+    if number is None or ((smallest is None or number >= smallest) and (largest is None or number <= largest)):
+        return
+    bounds = [f"at least {smallest:g}" if smallest is not None else "", f"at most {largest:g}" if largest is not None else ""]
+    raise ConfigError(f"{key}={number}: must be {' and '.join(filter(None, bounds))}")
+
+
+def _validate_training(config: TrainRun) -> None:
+    train, draft = config.train, config.draft
+    if not config.data.train_files:
+        raise ConfigError("data.train_files=[]: name at least one JSONL file of conversations")
+    if train.steps is None and train.epochs <= 0:
+        raise ConfigError(f"train.epochs={train.epochs}: must be above 0 when train.steps is not set")
+    if train.global_batch_size % train.micro_batch_size:
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size}: must be a multiple of "
+            f"train.micro_batch_size={train.micro_batch_size} (times the number of ranks)"
+        )
+    if train.loss.ce == train.loss.tv == 0:
+        raise ConfigError("train.loss.ce=0 and train.loss.tv=0: nothing would train the draft; set one above 0")
+    if draft.algorithm == "dflash" and (draft.markov_rank or draft.confidence_head):
+        raise ConfigError(
+            f"draft.algorithm=dflash has no heads, but draft.markov_rank={draft.markov_rank} and "
+            f"draft.confidence_head={draft.confidence_head}; choose the group with draft=dflash, or set 0 and false"
+        )

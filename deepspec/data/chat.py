@@ -1,0 +1,58 @@
+"""Chat conversations to token ids and loss mask. The one rendering function of the project.
+
+Training, regeneration and evaluation all render here, so a system prompt or a template switch can never be present in
+one of them and absent in another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids of one conversation and, for each, whether it was written by the assistant (1) or given (0)."""
+
+    input_ids: list[int]
+    loss_mask: list[int]
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template_options: Mapping[str, Any] | None = None
+) -> Rendered:
+    """Render a whole conversation for training.
+
+    The loss mask comes from the template's `{% generation %}` markers. It covers the assistant's text and its end-of-turn
+    token, since the draft has to predict where a turn ends.
+
+    Raises:
+        ValueError: the template has no generation markers, or the conversation has no assistant turn.
+    """
+    if not any(message.get("role") == "assistant" for message in messages):
+        roles = [message.get("role") for message in messages]
+        raise ValueError(f"the conversation has no assistant turn to learn from (roles: {roles}); add one or drop the row")
+    if "{% generation %}" not in (tokenizer.chat_template or "").replace("{%-", "{%").replace("-%}", "%}"):
+        raise ValueError(
+            "the tokenizer's chat template has no {% generation %} ... {% endgeneration %} markers, so assistant tokens "
+            "cannot be told from the prompt; give one that has them with data.chat_template=FILE.jinja"
+        )
+    encoded = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **(template_options or {})
+    )
+    return Rendered(list(encoded["input_ids"]), list(encoded["assistant_masks"]))
+
+
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template_options: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Render the turns so far, followed by the opening of the assistant's next turn. Returns token ids."""
+    encoded = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, return_dict=True, add_generation_prompt=True, **(template_options or {})
+    )
+    return list(encoded["input_ids"])
