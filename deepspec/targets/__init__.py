@@ -1,0 +1,17 @@
+"""The frozen target language model: loading, feature capture, one small adapter per model family."""
+
+from deepspec.targets.adapters import ADAPTERS, TargetAdapter, adapter_for, register_adapter
+from deepspec.targets.target import Target, TargetFeatures, load_target, load_target_config, load_tokenizer, resolve_path
+
+__all__ = [
+    "ADAPTERS",
+    "Target",
+    "TargetAdapter",
+    "TargetFeatures",
+    "adapter_for",
+    "load_target",
+    "load_target_config",
+    "load_tokenizer",
+    "register_adapter",
+    "resolve_path",
+]

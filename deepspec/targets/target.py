@@ -1,0 +1,204 @@
+"""A frozen target language model and the features that a draft reads from it (DSpark section 3; DFlash section 3)."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from deepspec.targets.adapters import adapter_for
+from deepspec.targets.capture import capture_layers
+
+BUILTIN_WEIGHTS = Path(__file__).with_name("builtin_weights")
+FINGERPRINT_SAMPLES = 256  # values per weight
+
+
+@dataclass(frozen=True)
+class TargetFeatures:
+    """What one forward pass of the target gives a draft."""
+
+    context: Tensor  # [batch, tokens, captured layers * hidden], layers concatenated in the order asked for
+    final: Tensor  # [batch, tokens, hidden], after the final norm: what the head reads
+
+
+class Target:
+    """A causal language model that is never trained: evaluation mode, no gradients."""
+
+    def __init__(self, model: PreTrainedModel, name_or_path: str, revision: str | None = None):
+        self.adapter = adapter_for(model.config, name_or_path)
+        self.model = model.eval().requires_grad_(False)
+        self.config = self.adapter.text_config(model.config)
+        self.name_or_path = name_or_path
+        self.revision = revision
+        self._decoder = self.adapter.decoder(model)
+        self._layers = self.adapter.layers(model)
+        self._head = self.adapter.head(model)
+        parameters = inspect.signature(self._decoder.forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._fingerprint: str | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head_weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def device(self) -> torch.device:
+        return self.head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head_weight.dtype
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """[vocab, hidden]"""
+        return self.adapter.embedding(self.model).weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, hidden]"""
+        return self._head.weight
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies these weights: a draft records it and refuses any other target.
+
+        SHA-256 over every weight's name, shape and evenly spaced values. The values are rounded to bfloat16 first, so
+        the fingerprint is the same in whichever dtype the weights were loaded.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = _fingerprint(self.model)
+        return self._fingerprint
+
+    @torch.no_grad()
+    def features(self, input_ids: Tensor, attention_mask: Tensor, layer_ids: Sequence[int]) -> TargetFeatures:
+        """Features of whole right-padded sequences, for training.
+
+        Args:
+            input_ids: [batch, tokens]
+            attention_mask: [batch, tokens], 1 = real, 0 = padding; features at padding are meaningless.
+            layer_ids: captured layers, -1 = embedding output.
+        """
+        return self._run(layer_ids, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        cache: Cache,
+        layer_ids: Sequence[int] = (),
+    ) -> TargetFeatures:
+        """One decoding step over new tokens; keys and values are written into `cache`.
+
+        Args:
+            input_ids: [batch, tokens]
+            position_ids: [batch, tokens], absolute.
+            attention_mask: bool [batch, 1, tokens, keys], True = may attend.
+            layer_ids: captured layers; with none, `context` is empty.
+        """
+        return self._run(
+            layer_ids,
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=True,
+            **{self._cache_argument: cache},
+        )
+
+    def logits(self, final: Tensor) -> Tensor:
+        """Next-token logits in float32: [..., hidden] -> [..., vocab]."""
+        return self._head(final).float()
+
+    def _run(self, layer_ids: Sequence[int], **inputs) -> TargetFeatures:
+        with capture_layers(self._layers, layer_ids) as captured:
+            final = self._decoder(**inputs).last_hidden_state
+        if not layer_ids:
+            return TargetFeatures(final.new_empty(*final.shape[:2], 0), final)
+        return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), final)
+
+
+def _fingerprint(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        flat = weight.detach().reshape(-1)
+        count = min(flat.numel(), FINGERPRINT_SAMPLES)
+        indices = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)
+        values = flat[indices].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + values)
+    return digest.hexdigest()
+
+
+def resolve_path(path: str) -> str:
+    """`builtin` -> the folder of the built-in target's weights; anything else is returned as it is.
+
+    Raises:
+        FileNotFoundError: it looks like a folder (or is the built-in target) and holds no config.json.
+    """
+    resolved = str(BUILTIN_WEIGHTS) if path == "builtin" else path
+    looks_local = path == "builtin" or Path(path).exists() or path.startswith(("/", "./", "../", "~"))
+    if looks_local and not (Path(resolved).expanduser() / "config.json").is_file():
+        raise FileNotFoundError(
+            f"target.path={path}: no config.json in {resolved}; give a folder with a saved Hugging Face model, a Hub id, "
+            "or 'builtin'"
+        )
+    return str(Path(resolved).expanduser()) if looks_local else resolved
+
+
+def load_target_config(path: str, revision: str | None = None) -> PreTrainedConfig:
+    """The target's (text) config, without its weights. Raises ValueError for an unsupported family."""
+    config = AutoConfig.from_pretrained(resolve_path(path), revision=revision)
+    return adapter_for(config, path).text_config(config)
+
+
+def load_target(
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Target:
+    """Load and freeze a target: `builtin`, a folder, or a Hub id.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: no adapter for this model family.
+    """
+    resolved = resolve_path(path)
+    adapter_for(AutoConfig.from_pretrained(resolved, revision=revision), path)
+    model = AutoModelForCausalLM.from_pretrained(resolved, revision=revision, dtype=dtype)
+    return Target(model.to(device), name_or_path=path, revision=revision)
+
+
+def load_tokenizer(
+    path: str, *, revision: str | None = None, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The target's tokenizer; `chat_template` names a Jinja file that replaces its own template.
+
+    Raises:
+        FileNotFoundError: the template file does not exist.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path(path), revision=revision)
+    if chat_template is not None:
+        file = Path(chat_template)
+        if not file.is_file():
+            raise FileNotFoundError(f"data.chat_template={chat_template}: no such file")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return tokenizer
