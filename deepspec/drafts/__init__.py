@@ -1,0 +1,14 @@
+"""What is trained: a parallel backbone with optional sequential and confidence heads."""
+
+from deepspec.drafts.configuration import DraftSettings, build_draft_config, default_layer_ids
+from deepspec.drafts.dspark import DSparkModel, LlamaDSparkModel, Qwen3DSparkModel, build_draft
+
+__all__ = [
+    "DSparkModel",
+    "DraftSettings",
+    "LlamaDSparkModel",
+    "Qwen3DSparkModel",
+    "build_draft",
+    "build_draft_config",
+    "default_layer_ids",
+]

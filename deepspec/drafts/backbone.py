@@ -1,0 +1,83 @@
+"""Decoder layers of the parallel backbone: queries from the blocks, keys and values from context and block."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from deepspec.drafts.families import Family, head_dim_of
+from deepspec.kernels.attention import block_attention
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each [batch or 1, tokens, head_dim]
+KeyValue = tuple[Tensor, Tensor]  # rotated keys and values, each [batch, kv_heads, tokens, head_dim]
+
+
+class DraftAttention(nn.Module):
+    """Context and block share the key and value projections and the key norm (DFlash section 3.2)."""
+
+    def __init__(self, config: PreTrainedConfig, family: Family):
+        super().__init__()
+        self.apply_rotary = family.apply_rotary
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = head_dim_of(config)
+        width, bias = config.hidden_size, getattr(config, "attention_bias", False)
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias)
+        self.q_norm = family.norm(self.head_dim, eps=config.rms_norm_eps) if family.query_key_norm else None
+        self.k_norm = family.norm(self.head_dim, eps=config.rms_norm_eps) if family.query_key_norm else None
+
+    def key_values(self, states: Tensor, rotation: Rotation) -> KeyValue:
+        """Keys and values of context or block states [batch, tokens, hidden]."""
+        keys = self._split(self.k_proj(states), self.k_norm)
+        _, keys = self.apply_rotary(keys[:, :0], keys, *rotation)
+        return keys, self._split(self.v_proj(states), None)
+
+    def forward(self, hidden: Tensor, rotation: Rotation, context: KeyValue, visible: Tensor) -> Tensor:
+        """Attend.
+
+        Args:
+            hidden: [batch, blocks, slots, hidden]
+            rotation: of the blocks' positions, [batch, blocks * slots, head_dim].
+            context: keys and values of the context.
+            visible: bool [batch, blocks, context]
+
+        Returns:
+            [batch, blocks, slots, hidden]
+        """
+        blocks = hidden.shape[1:3]
+        flat = hidden.flatten(1, 2)
+        queries = self._split(self.q_proj(flat), self.q_norm)
+        queries, _ = self.apply_rotary(queries, queries[:, :0], *rotation)
+        keys, values = self.key_values(flat, rotation)
+        attended = block_attention(
+            queries.unflatten(2, blocks),
+            *context,
+            keys.unflatten(2, blocks),
+            values.unflatten(2, blocks),
+            visible,
+            self.head_dim**-0.5,
+        )
+        return self.o_proj(attended.permute(0, 2, 3, 1, 4).flatten(3))
+
+    def _split(self, projected: Tensor, norm: nn.Module | None) -> Tensor:
+        """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]"""
+        split = projected.unflatten(-1, (-1, self.head_dim))
+        return (split if norm is None else norm(split)).transpose(1, 2)
+
+
+class DraftLayer(nn.Module):
+    """Pre-norm attention and pre-norm MLP."""
+
+    def __init__(self, config: PreTrainedConfig, family: Family):
+        super().__init__()
+        self.self_attn = DraftAttention(config, family)
+        self.mlp = family.mlp(config)
+        self.input_layernorm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, rotation: Rotation, context: KeyValue, visible: Tensor) -> Tensor:
+        """Same shapes as `DraftAttention.forward`."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, context, visible)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))

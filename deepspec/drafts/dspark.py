@@ -1,0 +1,225 @@
+"""The DSpark draft (arXiv 2607.05147, section 3); without its heads it is DFlash (arXiv 2602.06036) in DSpark's slots.
+
+Slot k of a block (k = 1..G) reads the anchor token (k = 1) or a mask token at position anchor + k - 1 and predicts the
+token at anchor + k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config, initialization
+
+from deepspec.drafts.backbone import DraftLayer, KeyValue
+from deepspec.drafts.confidence import build_confidence_head
+from deepspec.drafts.configuration import DraftSettings
+from deepspec.drafts.families import family_of
+from deepspec.drafts.heads import MarkovHead, build_markov_head
+
+
+class TargetWeights(Protocol):
+    """What a draft copies from its target."""
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """[vocab, hidden]"""
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, hidden]"""
+
+
+class DSparkModel(PreTrainedModel):
+    """Parallel backbone, optional sequential head, optional confidence head, and the target's frozen embedding and head."""
+
+    base_model_prefix = ""
+    _no_split_modules = ["DraftLayer"]
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        family = family_of(config)
+        settings = DraftSettings.of(config)
+        self.settings = settings
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.fc = nn.Linear(len(settings.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
+        self.hidden_norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList(DraftLayer(config, family) for _ in range(config.num_hidden_layers))
+        self.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.markov_head = build_markov_head(config)
+        self.confidence_head = build_confidence_head(config)
+        self.rotary_emb = family.rotary(config)
+        self.embed_tokens.requires_grad_(False)
+        self.lm_head.requires_grad_(False)
+        self.post_init()
+
+    @property
+    def algorithm(self) -> str:
+        """dspark or dflash"""
+        return self.settings.algorithm
+
+    @property
+    def block_size(self) -> int:
+        return self.settings.block_size
+
+    @property
+    def mask_token_id(self) -> int:
+        return self.settings.mask_token_id
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]:
+        return self.settings.target_layer_ids
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of everything but the embedding and the head that the target lends."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+    @torch.no_grad()
+    def tie_to_target(self, target: TargetWeights) -> None:
+        """Copy the target's embedding and head.
+
+        Raises:
+            ValueError: the target's shapes differ from the draft's.
+        """
+        for name, module, weight in (
+            ("embedding", self.embed_tokens, target.embedding_weight),
+            ("head", self.lm_head, target.head_weight),
+        ):
+            if module.weight.shape != weight.shape:
+                raise ValueError(
+                    f"the target's {name} has shape {list(weight.shape)}, the draft's config says "
+                    f"{list(module.weight.shape)}: build the draft's config from this target"
+                )
+            module.weight.copy_(weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        context_features: Tensor,
+        anchor_positions: Tensor,
+        block_mask: Tensor,
+        context_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Draft all blocks of whole sequences at once, for training.
+
+        Args:
+            input_ids: [batch, tokens]
+            context_features: [batch, tokens, captured layers * hidden]
+            anchor_positions: [batch, blocks]; anything in range where `block_mask` is off.
+            block_mask: bool [batch, blocks], False = padding block, which sees no context; its output means nothing.
+            context_mask: bool [batch, tokens], False = padding token. None = no padding.
+
+        Returns:
+            Hidden states after the final norm [batch, blocks, slots, hidden].
+        """
+        context = self.project_context(context_features)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+        visible = self._visible(positions, anchor_positions) & block_mask[..., None]
+        if context_mask is not None:
+            visible = visible & context_mask[:, None]
+        return self._run_blocks(
+            input_ids.gather(1, anchor_positions),
+            anchor_positions,
+            self.context_key_values(context, positions),
+            visible,
+        )
+
+    def project_context(self, features: Tensor) -> Tensor:
+        """H_ctx = RMSNorm(W_c [H_l1; ...; H_lm]): [batch, tokens, captured layers * hidden] -> [batch, tokens, hidden]"""
+        return self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
+
+    def context_key_values(self, context: Tensor, positions: Tensor) -> list[KeyValue]:
+        """Each layer's rotated keys and values of projected context.
+
+        Args:
+            context: [batch, tokens, hidden], from `project_context`.
+            positions: absolute, [batch, tokens] or [1, tokens].
+
+        Returns:
+            Per layer two tensors [batch, kv_heads, tokens, head_dim].
+        """
+        rotation = self.rotary_emb(context, positions)
+        return [layer.self_attn.key_values(context, rotation) for layer in self.layers]
+
+    @torch.no_grad()
+    def draft_block(
+        self,
+        anchor_tokens: Tensor,
+        anchor_positions: Tensor,
+        context_cache: Sequence[KeyValue],
+        context_mask: Tensor,
+    ) -> Tensor:
+        """Draft one block per sequence from cached context, for decoding.
+
+        Args:
+            anchor_tokens: [batch], the last known token.
+            anchor_positions: [batch], its absolute position.
+            context_cache: per layer keys and values [batch, kv_heads, columns, head_dim]; column j holds position j.
+                Every value must be finite, also in columns that no sequence uses.
+            context_mask: bool [batch, columns], True = written and accepted. Columns from the anchor on are ignored.
+
+        Returns:
+            Hidden states after the final norm [batch, slots, hidden].
+        """
+        columns = torch.arange(context_mask.shape[1], device=context_mask.device)[None]
+        visible = self._visible(columns, anchor_positions[:, None]) & context_mask[:, None]
+        return self._run_blocks(anchor_tokens[:, None], anchor_positions[:, None], context_cache, visible)[:, 0]
+
+    def base_logits(self, hidden: Tensor) -> Tensor:
+        """U_k through the frozen head, in float32: [..., hidden] -> [..., vocab]"""
+        return self.lm_head(hidden).float()
+
+    def _visible(self, positions: Tensor, anchors: Tensor) -> Tensor:
+        """Context tokens before the anchor, within the window: [batch or 1, tokens], [batch, blocks] -> [batch, blocks, tokens]"""
+        visible = positions[:, None] < anchors[..., None]
+        if self.settings.context_window is not None:
+            visible = visible & (positions[:, None] >= anchors[..., None] - self.settings.context_window)
+        return visible
+
+    def _run_blocks(
+        self, anchor_tokens: Tensor, anchor_positions: Tensor, context: Sequence[KeyValue], visible: Tensor
+    ) -> Tensor:
+        """[batch, blocks] anchors -> [batch, blocks, slots, hidden]"""
+        slots = torch.arange(self.block_size, device=anchor_tokens.device)
+        tokens = torch.where(slots == 0, anchor_tokens[..., None], self.mask_token_id)
+        hidden = self.embed_tokens(tokens)
+        rotation = self.rotary_emb(hidden, (anchor_positions[..., None] + slots).flatten(1))
+        for layer, key_values in zip(self.layers, context):
+            hidden = layer(hidden, rotation, key_values, visible)
+        return self.norm(hidden)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The family's initialisation; W2 of a sequential head is 0, so that training starts from the backbone alone."""
+        super()._init_weights(module)
+        if isinstance(module, MarkovHead):
+            initialization.zeros_(module.markov_w2.weight)
+
+
+class Qwen3DSparkModel(DSparkModel):
+    config_class = Qwen3Config
+
+
+class LlamaDSparkModel(DSparkModel):
+    config_class = LlamaConfig
+
+
+DRAFT_CLASSES: dict[str, type[DSparkModel]] = {"qwen3": Qwen3DSparkModel, "llama": LlamaDSparkModel}
+
+
+def build_draft(config: PreTrainedConfig, target: TargetWeights | None = None, *, seed: int = 0) -> DSparkModel:
+    """A fresh draft in float32 with seeded weights and, given a target, its embedding and head.
+
+    Raises:
+        ConfigError: no draft for this family.
+        ValueError: `target` does not fit the config.
+    """
+    family_of(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        draft = DRAFT_CLASSES[config.model_type](config)
+    if target is not None:
+        draft.tie_to_target(target)
+    return draft
