@@ -7,7 +7,7 @@ token at anchor + k.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +52,16 @@ class DSparkModel(PreTrainedModel):
         self.markov_head = build_markov_head(config)
         self.confidence_head = build_confidence_head(config)
         self.rotary_emb = family.rotary(config)
-        self.embed_tokens.requires_grad_(False)
-        self.lm_head.requires_grad_(False)
+        self._freeze_target_weights()
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, but the embedding and the head stay frozen. `load_draft` checks more."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._freeze_target_weights()
+        return loaded
 
     @property
     def algorithm(self) -> str:
@@ -171,6 +178,10 @@ class DSparkModel(PreTrainedModel):
     def base_logits(self, hidden: Tensor) -> Tensor:
         """U_k through the frozen head, in float32: [..., hidden] -> [..., vocab]"""
         return self.lm_head(hidden).float()
+
+    def _freeze_target_weights(self) -> None:
+        self.embed_tokens.requires_grad_(False)
+        self.lm_head.requires_grad_(False)
 
     def _visible(self, positions: Tensor, anchors: Tensor) -> Tensor:
         """Context tokens before the anchor, within the window: [batch or 1, tokens], [batch, blocks] -> [batch, blocks, tokens]"""

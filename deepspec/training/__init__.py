@@ -1,0 +1,1 @@
+"""Training: anchors, objective, loop, exact resume, metrics."""
