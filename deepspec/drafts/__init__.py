@@ -2,6 +2,7 @@
 
 from deepspec.drafts.configuration import DraftSettings, build_draft_config, default_layer_ids
 from deepspec.drafts.dspark import DSparkModel, LlamaDSparkModel, Qwen3DSparkModel, build_draft
+from deepspec.drafts.loading import check_target, load_draft
 
 __all__ = [
     "DSparkModel",
@@ -10,5 +11,7 @@ __all__ = [
     "Qwen3DSparkModel",
     "build_draft",
     "build_draft_config",
+    "check_target",
     "default_layer_ids",
+    "load_draft",
 ]

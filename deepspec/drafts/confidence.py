@@ -29,7 +29,9 @@ class ConfidenceHead(nn.Module):
         """
         if self.reads_embedding:
             if prev_embedding is None:
-                raise ValueError("this confidence head reads the Markov embedding of the previous token: pass prev_embedding")
+                raise ValueError(
+                    "this confidence head reads the previous token's Markov embedding: pass prev_embedding"
+                )
             hidden = torch.cat([hidden, prev_embedding.to(hidden.dtype)], dim=-1)
         return self.proj(hidden).squeeze(-1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from transformers import PreTrainedConfig
 
@@ -55,7 +56,9 @@ class DraftSettings:
             markov_rank=rank,
             markov_head_type=getattr(config, "markov_head_type", None) or "vanilla",
             confidence_head=confidence,
-            confidence_head_with_markov=confidence and rank > 0 and getattr(config, "confidence_head_with_markov", False),
+            confidence_head_with_markov=bool(
+                confidence and rank and getattr(config, "confidence_head_with_markov", False)
+            ),
             context_window=getattr(config, "draft_context_window", None),
         )
 
@@ -100,12 +103,14 @@ def build_draft_config(
         _check_at_least("draft.sliding_window", sliding_window, 1)
     if mask_token_id is None or not 0 <= mask_token_id < target_config.vocab_size:
         raise ConfigError(
-            f"draft.mask_token_id={mask_token_id}: must be a token id of the target, 0 to {target_config.vocab_size - 1}"
+            f"draft.mask_token_id={mask_token_id}: must be one of the target's tokens, 0 to {target_config.vocab_size - 1}"
         )
     _check_layer_ids(layer_ids, depth)
-    _check_heads(
-        algorithm, markov_rank, markov_head_type, confidence_head, confidence_head_with_markov, target_config.hidden_size
-    )
+    _check_heads(algorithm, markov_rank, markov_head_type, confidence_head, confidence_head_with_markov)
+    if markov_rank > target_config.hidden_size:
+        raise ConfigError(
+            f"draft.markov_rank={markov_rank}: must be at most the target's hidden size {target_config.hidden_size}"
+        )
 
     fields = {key: value for key, value in target_config.to_dict().items() if key not in TARGET_ONLY_FIELDS}
     fields |= {
@@ -169,27 +174,24 @@ def _check_attention(config: PreTrainedConfig) -> None:
 
 
 def _check_layer_ids(layer_ids: list[int], depth: int) -> None:
-    allowed = f"allowed are strictly increasing ids from -1 (embedding output) to {depth - 2} of the target's {depth} layers"
+    allowed = (
+        f"allowed are strictly increasing ids from -1 (embedding output) to {depth - 2}; the target has {depth} layers"
+    )
     if not layer_ids:
         raise ConfigError(f"draft.target_layer_ids=[]: name at least one layer; {allowed}")
     if depth - 1 in layer_ids:
         raise ConfigError(
-            f"draft.target_layer_ids={layer_ids}: {depth - 1} is the final layer, whose state is stored after the final "
-            f"norm and cannot be captured; {allowed}"
+            f"draft.target_layer_ids={layer_ids}: {depth - 1} is the final layer, whose state is stored after the "
+            f"final norm and cannot be captured; {allowed}"
         )
     if min(layer_ids) < -1 or max(layer_ids) >= depth:
         raise ConfigError(f"draft.target_layer_ids={layer_ids}: out of range; {allowed}")
-    if any(later <= earlier for earlier, later in zip(layer_ids, layer_ids[1:])):
+    if any(later <= earlier for earlier, later in pairwise(layer_ids)):
         raise ConfigError(f"draft.target_layer_ids={layer_ids}: not strictly increasing; {allowed}")
 
 
-def _check_heads(
-    algorithm: str, rank: int, head_type: str, confidence: bool, confidence_with_markov: bool, hidden_size: int
-) -> None:
-    if not 0 <= rank <= hidden_size:
-        raise ConfigError(
-            f"draft.markov_rank={rank}: must be from 0 (no sequential head) to the target's hidden size {hidden_size}"
-        )
+def _check_heads(algorithm: str, rank: int, head_type: str, confidence: bool, confidence_with_markov: bool) -> None:
+    _check_at_least("draft.markov_rank", rank, 0)
     _check_choice("draft.markov_head_type", head_type, HEAD_TYPES)
     if confidence and confidence_with_markov and not rank:
         raise ConfigError(
@@ -197,6 +199,6 @@ def _check_heads(
         )
     if algorithm == "dflash" and (rank or confidence):
         raise ConfigError(
-            f"draft.algorithm=dflash has no heads, but draft.markov_rank={rank} and draft.confidence_head={confidence}; "
-            "set 0 and false, or choose dspark"
+            f"draft.algorithm=dflash has no heads, but draft.markov_rank={rank} and "
+            f"draft.confidence_head={confidence}; set 0 and false, or choose dspark"
         )

@@ -7,7 +7,7 @@ token at anchor + k.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +33,10 @@ class TargetWeights(Protocol):
 
 
 class DSparkModel(PreTrainedModel):
-    """Parallel backbone, optional sequential head, optional confidence head, and the target's frozen embedding and head."""
+    """Parallel backbone, optional sequential and confidence heads, and the target's frozen embedding and head."""
 
     base_model_prefix = ""
-    _no_split_modules = ["DraftLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["DraftLayer"]
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -135,7 +135,10 @@ class DSparkModel(PreTrainedModel):
         )
 
     def project_context(self, features: Tensor) -> Tensor:
-        """H_ctx = RMSNorm(W_c [H_l1; ...; H_lm]): [batch, tokens, captured layers * hidden] -> [batch, tokens, hidden]"""
+        """H_ctx = RMSNorm(W_c [H_l1; ...; H_lm]).
+
+        [batch, tokens, captured layers * hidden] -> [batch, tokens, hidden]
+        """
         return self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
 
     def context_key_values(self, context: Tensor, positions: Tensor) -> list[KeyValue]:
@@ -149,7 +152,7 @@ class DSparkModel(PreTrainedModel):
             Per layer two tensors [batch, kv_heads, tokens, head_dim].
         """
         rotation = self.rotary_emb(context, positions)
-        return [layer.self_attn.key_values(context, rotation) for layer in self.layers]
+        return [layer.self_attn.key_values(context, rotation) for layer in self._draft_layers()]
 
     @torch.no_grad()
     def draft_block(
@@ -179,12 +182,20 @@ class DSparkModel(PreTrainedModel):
         """U_k through the frozen head, in float32: [..., hidden] -> [..., vocab]"""
         return self.lm_head(hidden).float()
 
+    def _draft_layers(self) -> list[DraftLayer]:
+        return cast("list[DraftLayer]", list(self.layers))
+
     def _freeze_target_weights(self) -> None:
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
 
     def _visible(self, positions: Tensor, anchors: Tensor) -> Tensor:
-        """Context tokens before the anchor, within the window: [batch or 1, tokens], [batch, blocks] -> [batch, blocks, tokens]"""
+        """Context before the anchor and within the window: bool [batch, blocks, tokens].
+
+        Args:
+            positions: [batch or 1, tokens]
+            anchors: [batch, blocks]
+        """
         visible = positions[:, None] < anchors[..., None]
         if self.settings.context_window is not None:
             visible = visible & (positions[:, None] >= anchors[..., None] - self.settings.context_window)
@@ -198,12 +209,12 @@ class DSparkModel(PreTrainedModel):
         tokens = torch.where(slots == 0, anchor_tokens[..., None], self.mask_token_id)
         hidden = self.embed_tokens(tokens)
         rotation = self.rotary_emb(hidden, (anchor_positions[..., None] + slots).flatten(1))
-        for layer, key_values in zip(self.layers, context):
+        for layer, key_values in zip(self._draft_layers(), context, strict=True):
             hidden = layer(hidden, rotation, key_values, visible)
         return self.norm(hidden)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """The family's initialisation; W2 of a sequential head is 0, so that training starts from the backbone alone."""
+        """The family's initialisation; W2 of a sequential head is 0, so training starts from the backbone alone."""
         super()._init_weights(module)
         if isinstance(module, MarkovHead):
             initialization.zeros_(module.markov_w2.weight)

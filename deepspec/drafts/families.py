@@ -19,8 +19,8 @@ class Family:
 
     config_class: type[PreTrainedConfig]
     norm: Callable[..., nn.Module]  # norm(size, eps=...)
-    mlp: Callable[[PreTrainedConfig], nn.Module]
-    rotary: Callable[[PreTrainedConfig], nn.Module]
+    mlp: Callable[..., nn.Module]  # mlp(config)
+    rotary: Callable[..., nn.Module]  # rotary(config)(states, positions) -> cos, sin
     apply_rotary: Callable[..., tuple[Tensor, Tensor]]  # (query, key, cos, sin) -> both rotated
     query_key_norm: bool  # RMSNorm over each query and key head
 

@@ -34,7 +34,7 @@ def sample_anchors(loss_mask: Tensor, num_anchors: int, seeds: Sequence[int]) ->
     if len(seeds) != loss_mask.shape[0]:
         raise ValueError(f"{len(seeds)} seeds for {loss_mask.shape[0]} rows: pass one per row")
     chosen = []
-    for row, seed in zip(anchor_candidates(loss_mask).cpu().numpy(), seeds):
+    for row, seed in zip(anchor_candidates(loss_mask).cpu().numpy(), seeds, strict=True):
         positions = np.flatnonzero(row)
         if len(positions) > num_anchors:
             positions = np.random.default_rng(seed).choice(positions, num_anchors, replace=False, shuffle=False)
@@ -73,7 +73,7 @@ def supervise(
         anchor_positions, block_mask: [batch, blocks]
         decay: g of the slot weights, in slots.
     """
-    batch, length = input_ids.shape
+    length = input_ids.shape[1]
     slots = torch.arange(block_size, device=input_ids.device)
     sources = anchor_positions[..., None] + slots
     labels = sources + 1

@@ -50,7 +50,7 @@ def summarize(sums: Mapping[str, Tensor]) -> dict[str, float]:
         `loss`, `ce`, `tv` (mean L1 distance, 0 to 2) and `confidence_loss`, each divided by the weight sum;
         `accept_rate@k` for k = 1..block_size, the mean of 1 - TV at slot k; `tau`, the expected tokens per round
         1 + sum_k prod_{i<=k} accept_i averaged over blocks; `confidence_abs_error` and `confidence_bias`, the weighted
-        means of |c_k - accept_k| and c_k - accept_k. A metric that was not computed, or has nothing to average, is left out.
+        means of |c_k - accept_k| and c_k - accept_k. A metric that was not computed or averages nothing is left out.
     """
     sums = {name: value.detach() for name, value in sums.items()}
     weight = float(sums["weight_sum"])
@@ -60,7 +60,7 @@ def summarize(sums: Mapping[str, Tensor]) -> dict[str, float]:
             if name in sums:
                 metrics[name] = float(sums[name]) / weight
     if "slots" in sums:
-        for k, (count, accept) in enumerate(zip(sums["slots"].tolist(), sums["accept"].tolist()), start=1):
+        for k, (count, accept) in enumerate(zip(sums["slots"].tolist(), sums["accept"].tolist(), strict=True), start=1):
             if count > 0:
                 metrics[f"accept_rate@{k}"] = accept / count
         if float(sums["blocks"]) > 0:

@@ -1,7 +1,7 @@
 """The objective of DSpark and DFlash (DSpark section 4): cross-entropy, total variation, confidence.
 
-L = ce * L_ce + tv * L_tv + confidence * L_conf, each a sum over supervised slots of w_k times the slot's loss. Everything
-here returns sums; whoever steps the optimizer divides by the weight sum over all ranks and accumulation steps.
+L = ce * L_ce + tv * L_tv + confidence * L_conf, each a sum over supervised slots of w_k times the slot's loss.
+Everything here returns sums; whoever steps the optimizer divides by the weight sum over all ranks and accumulation steps.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def draft_objective(
         if draft.confidence_head is not None:
             embedding = None if draft.markov_head is None else draft.markov_head.embed(prev_tokens)
             logits = draft.confidence_head(states, embedding).float()
-            confidence_loss = (weights * functional.binary_cross_entropy_with_logits(logits, accept, reduction="none")).sum()
+            cross_entropy = functional.binary_cross_entropy_with_logits(logits, accept, reduction="none")
+            confidence_loss = (weights * cross_entropy).sum()
             total = total + loss.confidence * confidence_loss
             sums["confidence_loss"] = confidence_loss.detach()
             if with_metrics:

@@ -1,0 +1,194 @@
+"""Load a trained draft from a folder, a training run or the Hub, with every check before a weight is used."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig
+
+from deepspec.config import ConfigError
+from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings
+from deepspec.drafts.dspark import DRAFT_CLASSES, DSparkModel, TargetWeights
+from deepspec.drafts.families import family_of
+
+logger = logging.getLogger(__name__)
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+class LoadedTarget(TargetWeights, Protocol):
+    """What loading checks a draft against; `deepspec.targets.Target` has it."""
+
+    @property
+    def name_or_path(self) -> str: ...
+    @property
+    def fingerprint(self) -> str: ...
+
+
+def load_draft(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    target: LoadedTarget | None = None,
+) -> DSparkModel:
+    """Load a draft for decoding or for further training.
+
+    Args:
+        path: a draft folder, a checkpoint folder, a training run (its newest complete checkpoint), or a Hub id.
+        revision: Hub branch, tag or commit.
+        dtype: of the weights in memory; None = as stored.
+        target: if given, the draft must have been trained for it.
+
+    Raises:
+        FileNotFoundError: nothing there, or a weight file is missing.
+        ValueError: not a draft; a damaged file; tensors missing, unknown or of a wrong shape; another target.
+    """
+    folder = find_draft_folder(path, revision)
+    config = read_draft_config(folder)
+    _check_tensors(folder, config)
+    draft = DRAFT_CLASSES[config.model_type].from_pretrained(folder, config=config, dtype=dtype or "auto")
+    draft = draft.eval().to(device)
+    if target is not None:
+        check_target(draft, target, folder)
+    return draft
+
+
+def find_draft_folder(path: str | Path, revision: str | None = None) -> Path:
+    """The folder with the draft's config.json; downloads it when `path` is a Hub id."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        return _download(str(path), revision)
+    for candidate in (folder, folder / "draft"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if (folder / "checkpoints").is_dir():
+        from deepspec.checkpoints import newest_checkpoint
+
+        newest = newest_checkpoint(folder)
+        if newest is not None:
+            return Path(newest) / "draft"
+        raise FileNotFoundError(f"checkpoint={path}: no complete checkpoint in {folder / 'checkpoints'}")
+    raise FileNotFoundError(
+        f"checkpoint={path}: neither config.json nor checkpoints there; give a draft folder, a run folder or a Hub id"
+    )
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    if repo.startswith(("/", ".", "~")) or repo.count("/") != 1:
+        raise FileNotFoundError(f"checkpoint={repo}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"checkpoint={repo}: no such folder, and it could not be fetched from the Hub"
+            f"{f' at revision {revision}' if revision else ''}: {error}"
+        ) from error
+
+
+def read_draft_config(folder: Path) -> PreTrainedConfig:
+    """The draft's config.
+
+    Raises:
+        ValueError: damaged, or not the config of a DSpark or DFlash draft.
+    """
+    try:
+        architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+        config = AutoConfig.from_pretrained(folder)
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: not a readable config: {error}") from error
+    try:
+        family_of(config)
+        if ARCHITECTURES[config.model_type] not in architectures:
+            raise ConfigError(f"architectures={architectures}: expected {ARCHITECTURES[config.model_type]}")
+        DraftSettings.of(config)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+    return config
+
+
+def check_target(draft: DSparkModel, target: LoadedTarget, source: Path | str = "this draft") -> None:
+    """Refuse a target that the draft was not trained for.
+
+    A draft that records no fingerprint (published elsewhere) is compared by shape, and a different embedding is logged.
+
+    Raises:
+        ValueError: another target.
+    """
+    recorded = getattr(draft.config, "target_fingerprint", None)
+    trained_for = getattr(draft.config, "target_model_name_or_path", None)
+    if draft.embed_tokens.weight.shape != target.embedding_weight.shape:
+        raise ValueError(
+            f"{source}: its embedding is {list(draft.embed_tokens.weight.shape)} [vocab, hidden], but that of target "
+            f"{target.name_or_path} is {list(target.embedding_weight.shape)}; it was trained for "
+            f"{trained_for or 'another target'}"
+        )
+    if recorded is not None and recorded != target.fingerprint:
+        raise ValueError(
+            f"{source}: trained for target {trained_for} with fingerprint {recorded[:12]}, but the fingerprint of "
+            f"{target.name_or_path} is {target.fingerprint[:12]}; load the target (and revision) that it was trained for"
+        )
+    if recorded is None and not _same_weights(draft.embed_tokens.weight, target.embedding_weight):
+        logger.warning(
+            "%s records no target and its embedding differs from that of %s: few drafted tokens may be accepted",
+            source,
+            target.name_or_path,
+        )
+
+
+def _same_weights(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal up to the coarser of the two number formats."""
+    return torch.allclose(ours.detach().bfloat16().cpu(), theirs.detach().bfloat16().cpu(), rtol=2**-7)
+
+
+def _check_tensors(folder: Path, config: PreTrainedConfig) -> None:
+    """Compare names and shapes in the files with what the config needs. Reads headers, no weights."""
+    with torch.device("meta"):
+        expected = {name: list(t.shape) for name, t in DRAFT_CLASSES[config.model_type](config).state_dict().items()}
+    stored: dict[str, list[int]] = {}
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                stored |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: damaged or incomplete ({error}); copy or download it again") from error
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise ValueError(f"{folder}: tensors missing for its config.json: {_some(missing)}")
+    if unknown := sorted(stored.keys() - expected.keys()):
+        raise ValueError(f"{folder}: tensors that its config.json does not know: {_some(unknown)}")
+    wrong = [
+        f"{name} is {stored[name]}, expected {shape}"
+        for name, shape in sorted(expected.items())
+        if stored[name] != shape
+    ]
+    if wrong:
+        raise ValueError(f"{folder}: shapes do not fit its config.json: {_some(wrong)}")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX_FILE).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX_FILE}: not a readable index of weight files: {error}") from error
+    else:
+        names = [SINGLE_FILE]
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: missing weight file; copy or download it again")
+    return [folder / name for name in names]
+
+
+def _some(items: list[str], shown: int = 5) -> str:
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return ", ".join(items[:shown]) + more
