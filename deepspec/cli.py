@@ -1,0 +1,101 @@
+"""The command line: compose a typed config with Hydra, refuse what cannot work in plain words, call the library."""
+
+from __future__ import annotations
+
+import os
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from deepspec.config import ConfigError, EvalRun, TrainRun, near_match, validate
+from deepspec.data.jsonl import DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+Run = TypeVar("Run", TrainRun, EvalRun)
+
+
+class RecipesSearchPath(SearchPathPlugin):
+    """Lets `recipes=NAME` find `recipes/NAME.yaml` at the top of the tree, beside `configs/`."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append(provider="deepspec", path=f"file://{ROOT}")
+
+
+def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -> None:
+    """Run `task` on the config that `configs/CONFIG_NAME.yaml` and the command line compose to.
+
+    A mistake of the user's ends the process with status 2 and one message; set HYDRA_FULL_ERROR=1 for the traceback.
+    """
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+    Plugins.instance().register(RecipesSearchPath)
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name=config_name)
+    def main(config: DictConfig) -> Any:
+        missing = OmegaConf.missing_keys(config)
+        if missing:
+            raise ConfigError(f"{', '.join(sorted(missing))}: must be given on the command line, for example {min(missing)}=...")
+        run: Run = typing.cast(Run, OmegaConf.to_object(config))
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            run.output_dir = HydraConfig.get().runtime.output_dir
+        validate(run)
+        return task(run)
+
+    traceback_wanted = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them
+    try:
+        main()
+    except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
+        if traceback_wanted:
+            raise
+        print(f"error: {explain(error, schema)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error: Exception, schema: type) -> str:
+    """A message that names the key, its value, what is allowed and a near match."""
+    if isinstance(error, (ConfigError, DataError)):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.options:
+        wanted = (error.missing_cfg_file or "").rsplit("/", 1)[-1]
+        return f"{str(error).splitlines()[0]}; available are {', '.join(error.options)}.{near_match(wanted, error.options)}"
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    key = getattr(cause, "full_key", None)
+    if not key:
+        return str(error)
+    types = leaf_types(schema)
+    if key in types:
+        return f"{_override_text(key, error)}: {str(cause).splitlines()[0]}; {key} must be of type {types[key]}"
+    return f"unknown key '{_override_text(key, error)}'.{near_match(key, types)} All keys: add --cfg job"
+
+
+def _override_text(key: str, error: Exception) -> str:
+    """`key=value` as the user typed it, if it came from the command line; else the key."""
+    typed = [argument for argument in sys.argv[1:] if argument.lstrip("+~").startswith(f"{key}=")]
+    return typed[0].lstrip("+~") if typed else key
+
+
+def leaf_types(schema: type, prefix: str = "") -> dict[str, str]:
+    """Every key of a schema with the name of its type."""
+    types: dict[str, str] = {}
+    hints = typing.get_type_hints(schema)
+    for entry in fields(schema):
+        hint = hints[entry.name]
+        if is_dataclass(hint):
+            types |= leaf_types(typing.cast(type, hint), f"{prefix}{entry.name}.")
+        else:
+            types[f"{prefix}{entry.name}"] = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+    return types
