@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,20 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 Run = TypeVar("Run", TrainRun, EvalRun)
 
 
-class RecipesSearchPath(SearchPathPlugin):
-    """Lets `recipes=NAME` find `recipes/NAME.yaml` at the top of the tree, beside `configs/`."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        search_path.append(provider="deepspec", path=f"file://{ROOT}")
-
-
 def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -> None:
     """Run `task` on the config that `configs/CONFIG_NAME.yaml` and the command line compose to.
 
     A mistake of the user's ends the process with status 2 and one message; set HYDRA_FULL_ERROR=1 for the traceback.
     """
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
-    Plugins.instance().register(RecipesSearchPath)
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name=config_name)
     def main(config: DictConfig) -> Any:
@@ -73,16 +62,18 @@ def explain(error: Exception, schema: type) -> str:
         wanted = (error.missing_cfg_file or "").rsplit("/", 1)[-1]
         return f"{str(error).splitlines()[0]}; available are {', '.join(error.options)}.{near_match(wanted, error.options)}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    key = getattr(cause, "full_key", None)
+    key = (getattr(cause, "full_key", None) or "").split("[")[0]
     if not key:
         return str(error)
     types = leaf_types(schema)
     if key in types:
-        return f"{_override_text(key, error)}: {str(cause).splitlines()[0]}; {key} must be of type {types[key]}"
-    return f"unknown key '{_override_text(key, error)}'.{near_match(key, types)} All keys: add --cfg job"
+        return f"{_override_text(key)}: {str(cause).splitlines()[0]}; {key} must be of type {types[key]}"
+    groups = {key.rsplit(".", 1)[0] for key in types if "." in key}
+    near = near_match(key, types if "." in key else {name for name in {*types, *groups} if "." not in name})
+    return f"unknown key '{_override_text(key)}'.{near} Add --cfg job to see every key."
 
 
-def _override_text(key: str, error: Exception) -> str:
+def _override_text(key: str) -> str:
     """`key=value` as the user typed it, if it came from the command line; else the key."""
     typed = [argument for argument in sys.argv[1:] if argument.lstrip("+~").startswith(f"{key}=")]
     return typed[0].lstrip("+~") if typed else key
