@@ -36,7 +36,9 @@ def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -
     def main(config: DictConfig) -> Any:
         missing = OmegaConf.missing_keys(config)
         if missing:
-            raise ConfigError(f"{', '.join(sorted(missing))}: must be given on the command line, for example {min(missing)}=...")
+            raise ConfigError(
+                f"{', '.join(sorted(missing))}: must be given on the command line, for example {min(missing)}=..."
+            )
         run: Run = typing.cast(Run, OmegaConf.to_object(config))
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             run.output_dir = HydraConfig.get().runtime.output_dir
@@ -60,7 +62,8 @@ def explain(error: Exception, schema: type) -> str:
         return str(error)
     if isinstance(error, MissingConfigException) and error.options:
         wanted = (error.missing_cfg_file or "").rsplit("/", 1)[-1]
-        return f"{str(error).splitlines()[0]}; available are {', '.join(error.options)}.{near_match(wanted, error.options)}"
+        known = ", ".join(error.options)
+        return f"{str(error).splitlines()[0]}; available are {known}.{near_match(wanted, error.options)}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     key = (getattr(cause, "full_key", None) or "").split("[")[0]
     if not key:
@@ -88,5 +91,7 @@ def leaf_types(schema: type, prefix: str = "") -> dict[str, str]:
         if is_dataclass(hint):
             types |= leaf_types(typing.cast(type, hint), f"{prefix}{entry.name}.")
         else:
-            types[f"{prefix}{entry.name}"] = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+            types[f"{prefix}{entry.name}"] = (
+                hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+            )
     return types

@@ -14,7 +14,7 @@ from typing import Any
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot work. The message names the key, the value, what is allowed and, if any, a near match."""
+    """A configuration that cannot work. The message names the key, the value and what is allowed."""
 
 
 def near_match(word: str, candidates: Iterable[str]) -> str:
@@ -35,7 +35,9 @@ class DraftConfig:
     algorithm: str = "dspark"  # dspark (sequential and confidence heads) or dflash (backbone alone)
     num_layers: int = 5  # draft decoder layers
     block_size: int = 7  # gamma: tokens drafted per round
-    target_layer_ids: list[int] | None = None  # captured target layers, 0-based, -1 = embedding output; null = spread evenly
+    target_layer_ids: list[int] | None = (
+        None  # captured target layers, 0-based, -1 = embedding output; null = spread evenly
+    )
     mask_token_id: int | None = None  # token that fills the undrafted slots; null = the tokenizer's mask token
     markov_rank: int = 256  # r of the sequential head; 0 = no sequential head
     markov_head_type: str = "vanilla"  # vanilla, gated or rnn
@@ -51,7 +53,9 @@ class DataConfig:
     max_length: int = 4096  # tokens; a longer sample is truncated (its count is reported)
     min_supervised_tokens: int = 14  # samples with fewer assistant tokens are dropped (and counted)
     chat_template: str | None = None  # a Jinja file in place of the tokenizer's own template
-    template_options: dict[str, Any] = field(default_factory=dict)  # passed to the template, e.g. {enable_thinking: false}
+    template_options: dict[str, Any] = field(
+        default_factory=dict
+    )  # passed to the template, e.g. {enable_thinking: false}
     num_workers: int = 0  # data loader processes per rank
 
 
@@ -232,7 +236,10 @@ def _check_range(key: str, number: float | None) -> None:
     smallest, largest = RANGES[key]
     if number is None or ((smallest is None or number >= smallest) and (largest is None or number <= largest)):
         return
-    bounds = [f"at least {smallest:g}" if smallest is not None else "", f"at most {largest:g}" if largest is not None else ""]
+    bounds = [
+        f"at least {smallest:g}" if smallest is not None else "",
+        f"at most {largest:g}" if largest is not None else "",
+    ]
     raise ConfigError(f"{key}={number}: must be {' and '.join(filter(None, bounds))}")
 
 

@@ -28,19 +28,21 @@ def render_conversation(
 ) -> Rendered:
     """Render a whole conversation for training.
 
-    The loss mask comes from the template's `{% generation %}` markers. It covers the assistant's text and its end-of-turn
-    token, since the draft has to predict where a turn ends.
+    The loss mask comes from the template's `{% generation %}` markers. It covers the assistant's text and its
+    end-of-turn token, since the draft has to predict where a turn ends.
 
     Raises:
         ValueError: the template has no generation markers, or the conversation has no assistant turn.
     """
     if not any(message.get("role") == "assistant" for message in messages):
         roles = [message.get("role") for message in messages]
-        raise ValueError(f"the conversation has no assistant turn to learn from (roles: {roles}); add one or drop the row")
+        raise ValueError(
+            f"the conversation has no assistant turn to learn from (roles: {roles}); add one or drop the row"
+        )
     if "{% generation %}" not in (tokenizer.chat_template or "").replace("{%-", "{%").replace("-%}", "%}"):
         raise ValueError(
-            "the tokenizer's chat template has no {% generation %} ... {% endgeneration %} markers, so assistant tokens "
-            "cannot be told from the prompt; give one that has them with data.chat_template=FILE.jinja"
+            "the tokenizer's chat template has no {% generation %} ... {% endgeneration %} markers, so assistant "
+            "tokens cannot be told from the prompt; give one that has them with data.chat_template=FILE.jinja"
         )
     encoded = tokenizer.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **(template_options or {})

@@ -14,7 +14,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import os
 import pydoc_data.topics
 import random
 import re
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspec.data.word_problems import word_problems
+from deepspec.files import write_atomically
 
 SETS = ("math", "code", "chat")
 SKIPPED_PARTS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
@@ -85,7 +85,7 @@ def _dedented_source(lines: list[str], node: ast.FunctionDef) -> str:
 
 
 def _code_conversation(module: str, name: str, source: str) -> Conversation | None:
-    """A complete-this-function task: the signature (and first lines up to the body) is given, the whole is the answer."""
+    """A complete-this-function task: the signature is given, the whole is the answer."""
     header = source.split("):", 1)[0] + "):" if "):" in source else source.split("\n", 1)[0]
     if not MIN_ANSWER_CHARS <= len(source) <= MAX_ANSWER_CHARS or header.count("\n") > 4:
         return None
@@ -152,17 +152,14 @@ def build_corpus(
 ) -> dict[str, dict[str, int]]:
     """Write `train.jsonl` and `heldout.jsonl` (rows `{"id", "set", "messages"}`) and return the counts per set.
 
-    Rows are shuffled with the seed. A file is complete when it exists: both are written beside and renamed into place.
+    Rows are shuffled with the seed. A file that exists is complete.
     """
     conversations = [*math_conversations(math_problems, seed), *library_conversations(), *topic_conversations()]
     random.Random(seed).shuffle(conversations)
-    folder.mkdir(parents=True, exist_ok=True)
     counts: dict[str, dict[str, int]] = {}
     for split in ("train", "heldout"):
         rows = [c for c in conversations if is_held_out(c.document, seed, held_out_fraction) == (split == "heldout")]
-        unfinished = folder / f".{split}.jsonl.tmp"
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(c.row(), ensure_ascii=False) + "\n" for c in rows)
-        os.replace(unfinished, folder / f"{split}.jsonl")
+        lines = [json.dumps(c.row(), ensure_ascii=False) + "\n" for c in rows]
+        write_atomically(folder / f"{split}.jsonl", "".join(lines))
         counts[split] = dict(Counter(c.set for c in rows))
     return counts

@@ -63,7 +63,7 @@ class ConversationDataset(torch.utils.data.Dataset):
 
 
 def collate(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor]:
-    """Pad on the right. Returns input_ids, attention_mask, loss_mask [batch, tokens] and sample_index, epoch [batch]."""
+    """Pad right. Returns input_ids, attention_mask, loss_mask [batch, tokens] and sample_index, epoch [batch]."""
     length = max(len(sample.input_ids) for sample in samples)
 
     def padded(rows: list[list[int]], value: int) -> Tensor:
@@ -128,7 +128,9 @@ def tokenize_conversations(
     kept = np.flatnonzero(supervised >= min_supervised_tokens)
     truncated = int(np.asarray(rows.with_format("numpy")["truncated"][:]).sum())
     if truncated:
-        logger.warning("%d of %d samples are longer than data.max_length=%d and were cut", truncated, len(rows), max_length)
+        logger.warning(
+            "%d of %d samples are longer than data.max_length=%d and were cut", truncated, len(rows), max_length
+        )
     if len(kept) < len(rows):
         logger.warning(
             "%d of %d samples have fewer than data.min_supervised_tokens=%d assistant tokens and were dropped",
@@ -139,7 +141,8 @@ def tokenize_conversations(
     if len(kept) == 0:
         raise DataError(
             f"{', '.join(files)}: no sample is left: all {len(rows)} have fewer than data.min_supervised_tokens="
-            f"{min_supervised_tokens} assistant tokens within data.max_length={max_length}; raise the length or lower the bound"
+            f"{min_supervised_tokens} assistant tokens within data.max_length={max_length}; "
+            "raise the length or lower the bound"
         )
     return ConversationDataset(rows.select(kept))
 
@@ -169,8 +172,14 @@ def _checked_messages(place: str, row: dict[str, Any]) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{place}: expected a non-empty list under 'messages', found the keys {sorted(row)}")
     for number, message in enumerate(messages):
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
-            raise DataError(f"{place}: message {number} needs a string under 'role' and under 'content', found {message!r:.80}")
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise DataError(
+                f"{place}: message {number} needs a string under 'role' and under 'content', found {message!r:.80}"
+            )
     return messages
 
 

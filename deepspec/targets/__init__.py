@@ -1,10 +1,19 @@
 """The frozen target language model: loading, feature capture, one small adapter per model family."""
 
 from deepspec.targets.adapters import ADAPTERS, TargetAdapter, adapter_for, register_adapter
-from deepspec.targets.target import Target, TargetFeatures, load_target, load_target_config, load_tokenizer, resolve_path
+from deepspec.targets.target import (
+    BUILTIN_WEIGHTS,
+    Target,
+    TargetFeatures,
+    load_target,
+    load_target_config,
+    load_tokenizer,
+    resolve_path,
+)
 
 __all__ = [
     "ADAPTERS",
+    "BUILTIN_WEIGHTS",
     "Target",
     "TargetAdapter",
     "TargetFeatures",

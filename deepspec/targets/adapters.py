@@ -1,4 +1,4 @@
-"""One small class per target family: where its decoder, layers, embedding and head are. Found by `config.model_type`."""
+"""One small class per target family: where its decoder, layers, embedding and head are."""
 
 from __future__ import annotations
 

@@ -10,8 +10,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.cache_utils import Cache
 
 from deepspec.targets.adapters import adapter_for
@@ -156,8 +162,8 @@ def resolve_path(path: str) -> str:
     looks_local = path == "builtin" or Path(path).exists() or path.startswith(("/", "./", "../", "~"))
     if looks_local and not (Path(resolved).expanduser() / "config.json").is_file():
         raise FileNotFoundError(
-            f"target.path={path}: no config.json in {resolved}; give a folder with a saved Hugging Face model, a Hub id, "
-            "or 'builtin'"
+            f"target.path={path}: no config.json in {resolved}; give a folder with a saved Hugging Face model, "
+            "a Hub id, or 'builtin'"
         )
     return str(Path(resolved).expanduser()) if looks_local else resolved
 
