@@ -104,7 +104,7 @@ def tokenize_conversations(
     """Render and tokenize JSONL files of `{"id"?, "messages": [{"role", "content"}, ...]}`.
 
     The result is an Arrow file under `cache_dir`, named by a digest of the files' content, the tokenizer, the template,
-    its options and `max_length`: it is made once and never stale. Longer samples are cut to `max_length` tokens; samples
+    its options and `max_length`: made once, never stale. Longer samples are cut to `max_length` tokens; samples
     with fewer than `min_supervised_tokens` assistant tokens left are dropped; both are counted in the log.
 
     Raises:

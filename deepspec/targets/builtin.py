@@ -1,7 +1,7 @@
 """The built-in target: a small Qwen3 language model trained from scratch on the built-in corpus.
 
 Its trained weights are committed in `builtin_weights/`, so that a demo starts from a target that had an hour of
-training. `train_builtin_target` with its defaults is the recipe that made them; `recipe.json` beside the weights records the run.
+training. `train_builtin_target` is the recipe that made them; `recipe.json` beside the weights records the run.
 """
 
 from __future__ import annotations
