@@ -103,7 +103,7 @@ def build_draft_config(
         _check_at_least("draft.sliding_window", sliding_window, 1)
     if mask_token_id is None or not 0 <= mask_token_id < target_config.vocab_size:
         raise ConfigError(
-            f"draft.mask_token_id={mask_token_id}: must be one of the target's tokens, 0 to {target_config.vocab_size - 1}"
+            f"draft.mask_token_id={mask_token_id}: must be a token of the target, 0 to {target_config.vocab_size - 1}"
         )
     _check_layer_ids(layer_ids, depth)
     _check_heads(algorithm, markov_rank, markov_head_type, confidence_head, confidence_head_with_markov)

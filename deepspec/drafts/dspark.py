@@ -7,7 +7,7 @@ token at anchor + k.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class DSparkModel(PreTrainedModel):
     """Parallel backbone, optional sequential and confidence heads, and the target's frozen embedding and head."""
 
     base_model_prefix = ""
-    _no_split_modules: ClassVar[list[str]] = ["DraftLayer"]
+    _no_split_modules = ["DraftLayer"]  # noqa: RUF012  (declared without ClassVar by Transformers)
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)

@@ -136,7 +136,7 @@ def check_target(draft: DSparkModel, target: LoadedTarget, source: Path | str = 
     if recorded is not None and recorded != target.fingerprint:
         raise ValueError(
             f"{source}: trained for target {trained_for} with fingerprint {recorded[:12]}, but the fingerprint of "
-            f"{target.name_or_path} is {target.fingerprint[:12]}; load the target (and revision) that it was trained for"
+            f"{target.name_or_path} is {target.fingerprint[:12]}; load the target it was trained for"
         )
     if recorded is None and not _same_weights(draft.embed_tokens.weight, target.embedding_weight):
         logger.warning(

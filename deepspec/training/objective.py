@@ -1,7 +1,7 @@
 """The objective of DSpark and DFlash (DSpark section 4): cross-entropy, total variation, confidence.
 
 L = ce * L_ce + tv * L_tv + confidence * L_conf, each a sum over supervised slots of w_k times the slot's loss.
-Everything here returns sums; whoever steps the optimizer divides by the weight sum over all ranks and accumulation steps.
+Everything here returns sums; the training loop divides by the weight sum over all ranks and accumulation steps.
 """
 
 from __future__ import annotations
