@@ -1,0 +1,145 @@
+"""Fixtures shared by all tests: reference numbers, tiny targets and tiny drafts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+
+from deepspec.drafts import DSparkModel, build_draft, build_draft_config, load_draft
+from deepspec.targets import Target, load_target
+
+GOLDENS = Path(__file__).parent / "goldens"
+GOLDEN_DRAFTS = ("dspark_vanilla", "dspark_gated", "dspark_rnn", "dflash")
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One draft of the reference implementation and what it computes."""
+
+    name: str
+    draft: DSparkModel
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    record: dict[str, Any]  # the JSON: losses, metrics, decoding traces
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder with the reference's target, drafts and numbers."""
+    return GOLDENS
+
+
+@pytest.fixture(scope="session")
+def golden_target() -> Target:
+    return load_target(str(GOLDENS / "target"))
+
+
+def load_golden(name: str) -> Golden:
+    return Golden(
+        name,
+        load_draft(GOLDENS / f"ckpt_{name}"),
+        load_file(GOLDENS / "inputs.safetensors"),
+        load_file(GOLDENS / f"{name}.safetensors"),
+        json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8")),
+    )
+
+
+@pytest.fixture(params=GOLDEN_DRAFTS)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    """Every draft of the reference in turn."""
+    return load_golden(request.param)
+
+
+def tiny_target_config(family: str = "qwen3", **changes: Any) -> PreTrainedConfig:
+    """A target config small enough for any test: V 61, d 32, 6 layers, 4 heads over 2 key/value heads."""
+    settings: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return {"qwen3": Qwen3Config, "llama": LlamaConfig}[family](**(settings | changes))
+
+
+def tiny_draft_config(target_config: PreTrainedConfig | None = None, **changes: Any) -> PreTrainedConfig:
+    """A valid draft config for `tiny_target_config()`; `changes` are arguments of `build_draft_config`."""
+    settings: dict[str, Any] = {
+        "algorithm": "dspark",
+        "num_layers": 2,
+        "block_size": 5,
+        "target_layer_ids": [0, 2, 4],
+        "mask_token_id": 60,
+        "markov_rank": 8,
+        "markov_head_type": "vanilla",
+        "confidence_head": True,
+        "confidence_head_with_markov": True,
+        "num_anchors": 4,
+    }
+    return build_draft_config(target_config or tiny_target_config(), **(settings | changes))
+
+
+@pytest.fixture
+def tiny_draft() -> Callable[..., DSparkModel]:
+    """`tiny_draft(family="qwen3", **changes)`: a draft in which no weight is zero or one, so that nothing hides."""
+
+    def make(family: str = "qwen3", target_changes: dict[str, Any] | None = None, **changes: Any) -> DSparkModel:
+        draft = build_draft(tiny_draft_config(tiny_target_config(family, **(target_changes or {})), **changes))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in draft.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else 0.3 * noise)
+        return draft
+
+    return make
+
+
+@dataclass(frozen=True)
+class TinyBatch:
+    """Random training inputs for `tiny_draft`: 3 rows of 24 tokens, the last of which is padded from token 15 on."""
+
+    input_ids: Tensor
+    loss_mask: Tensor
+    attention_mask: Tensor
+    context_features: Tensor
+    final_features: Tensor
+    anchor_positions: Tensor
+    block_mask: Tensor
+
+    def rows(self, chosen: list[int]) -> TinyBatch:
+        return TinyBatch(**{name: value[chosen] for name, value in vars(self).items()})
+
+
+@pytest.fixture
+def tiny_batch() -> TinyBatch:
+    generator = torch.Generator().manual_seed(2)
+    attention_mask = torch.ones(3, 24, dtype=torch.long)
+    attention_mask[2, 15:] = 0
+    loss_mask = attention_mask.clone()
+    loss_mask[:, :3] = 0
+    loss_mask[0, 9:12] = 0
+    return TinyBatch(
+        input_ids=torch.randint(0, 60, (3, 24), generator=generator),
+        loss_mask=loss_mask,
+        attention_mask=attention_mask,
+        context_features=torch.randn(3, 24, 96, generator=generator),
+        final_features=torch.randn(3, 24, 32, generator=generator),
+        anchor_positions=torch.tensor([[3, 7, 12, 20], [4, 5, 18, 22], [3, 11, 0, 0]]),
+        block_mask=torch.tensor([[True] * 4, [True] * 4, [True, True, False, False]]),
+    )

@@ -1,0 +1,90 @@
+"""Losses, labels, metrics and gradients against the reference implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Golden
+from torch import Tensor
+
+from deepspec.config import LossConfig
+from deepspec.training.anchors import supervise
+from deepspec.training.metrics import summarize
+from deepspec.training.objective import DraftTrainingModule
+
+
+def loss_config(golden: Golden) -> LossConfig:
+    arguments = golden.record["loss_args"]
+    return LossConfig(
+        ce=arguments["ce_loss_alpha"],
+        tv=arguments["l1_loss_alpha"],
+        confidence=arguments["confidence_head_alpha"],
+        decay=arguments["loss_decay_gamma"],
+    )
+
+
+def sums_of(golden: Golden, with_metrics: bool = True) -> dict[str, Tensor]:
+    inputs = golden.inputs
+    return DraftTrainingModule(golden.draft, loss_config(golden))(
+        inputs["input_ids"],
+        inputs["loss_mask"],
+        torch.ones_like(inputs["input_ids"]),
+        inputs["target_hidden_states"],
+        inputs["target_last_hidden_states"],
+        inputs["anchor_positions"],
+        inputs["block_keep_mask"],
+        with_metrics,
+    )
+
+
+def test_labels_are_exact(golden: Golden) -> None:
+    inputs, outputs = golden.inputs, golden.outputs
+    labels = supervise(
+        inputs["input_ids"], inputs["loss_mask"], inputs["anchor_positions"], inputs["block_keep_mask"], 7, 4.0
+    )
+    supervised = outputs["eval_mask"]
+    assert torch.equal(labels.supervised, supervised)
+    assert torch.equal(labels.targets[supervised], outputs["target_ids"][supervised])
+    torch.testing.assert_close(labels.weights, outputs["loss_weight_mask"], rtol=1e-6, atol=0)
+
+
+def test_losses_and_metrics(golden: Golden) -> None:
+    metrics, record = summarize(sums_of(golden)), golden.record
+    expected = {
+        "loss": record["losses"]["total"],
+        "ce": record["losses"]["ce"],
+        "tv": record["losses"]["l1"],
+        "tau": record["metrics"]["train/tau_probabilistic"],
+    } | {f"accept_rate@{k}": record["metrics"][f"train/accept_rate@{k - 1}"] for k in range(1, 8)}
+    if golden.draft.confidence_head is not None:
+        expected["confidence_loss"] = record["losses"]["confidence"]
+        expected["confidence_abs_error"] = record["metrics"]["train/confidence_abs_error"]
+        expected["confidence_bias"] = record["metrics"]["train/confidence_bias"]
+    assert metrics.keys() == expected.keys()
+    assert metrics == pytest.approx(expected, rel=1e-5)
+
+
+def test_loss_terms_are_sums(golden: Golden) -> None:
+    sums, terms = sums_of(golden), golden.record["loss_terms"]
+    assert sums["weight_sum"].item() == pytest.approx(terms["ce_loss_den"], rel=1e-6)
+    assert sums["ce"].item() == pytest.approx(terms["ce_loss_num"], rel=1e-5)
+    assert sums["tv"].item() == pytest.approx(terms["l1_loss_num"], rel=1e-5)
+    if golden.draft.confidence_head is not None:
+        assert sums["confidence_loss"].item() == pytest.approx(terms["confidence_loss_num"], rel=1e-5)
+
+
+@pytest.mark.parametrize("with_metrics", [True, False])
+def test_every_gradient(golden: Golden, with_metrics: bool) -> None:
+    sums = sums_of(golden, with_metrics)
+    (sums["loss"] / sums["weight_sum"]).backward()
+    expected = {name.removeprefix("grad."): value for name, value in golden.outputs.items() if name.startswith("grad.")}
+    trained = dict(golden.draft.trainable_parameters())
+    assert trained.keys() == expected.keys()
+    for name, parameter in trained.items():
+        assert parameter.grad is not None, name
+        error = (parameter.grad - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-4, f"{name}: {error}"
+        norm = golden.record["grad_norms"][name]
+        assert parameter.grad.norm().item() == pytest.approx(norm, rel=1e-4), name
+    frozen = {name for name, norm in golden.record["grad_norms"].items() if norm is None}
+    assert frozen == {name for name, parameter in golden.draft.named_parameters() if parameter.grad is None}
