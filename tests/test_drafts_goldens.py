@@ -28,9 +28,7 @@ def previous_tokens(golden: Golden) -> Tensor:
 def test_backbone_logits_and_confidence(golden: Golden) -> None:
     draft, outputs, kept = golden.draft, golden.outputs, golden.inputs["block_keep_mask"]
     hidden = run(golden)
-    torch.testing.assert_close(
-        hidden[kept], outputs["backbone_hidden"].view_as(hidden)[kept], rtol=1e-5, atol=1e-5 * 5
-    )
+    torch.testing.assert_close(hidden[kept], outputs["backbone_hidden"].view_as(hidden)[kept], rtol=1e-5, atol=1e-5 * 5)
     logits = draft.base_logits(hidden)
     previous = previous_tokens(golden)
     if draft.markov_head is not None:

@@ -8,8 +8,9 @@ from conftest import Golden
 from torch import Tensor
 
 from deepspec.config import LossConfig
+from deepspec.training import objective
 from deepspec.training.anchors import supervise
-from deepspec.training.metrics import summarize
+from deepspec.training.metrics import acceptance_sums, summarize
 from deepspec.training.objective import DraftTrainingModule
 
 
@@ -71,6 +72,19 @@ def test_loss_terms_are_sums(golden: Golden) -> None:
     assert sums["tv"].item() == pytest.approx(terms["l1_loss_num"], rel=1e-5)
     if golden.draft.confidence_head is not None:
         assert sums["confidence_loss"].item() == pytest.approx(terms["confidence_loss_num"], rel=1e-5)
+
+
+def test_acceptance_of_every_slot(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def spy(accept: Tensor, *masks: Tensor) -> dict[str, Tensor]:
+        seen.append(accept)
+        return acceptance_sums(accept, *masks)
+
+    monkeypatch.setattr(objective, "acceptance_sums", spy)
+    sums_of(golden)
+    expected = golden.outputs["accept_rate"][golden.outputs["eval_mask"]]
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("with_metrics", [True, False])

@@ -10,7 +10,7 @@ from itertools import pairwise
 from transformers import PreTrainedConfig
 
 from deepspec.config import ConfigError, near_match
-from deepspec.drafts.families import family_of, head_dim_of
+from deepspec.drafts.families import family_of
 
 ALGORITHMS = ("dspark", "dflash")
 HEAD_TYPES = ("vanilla", "gated", "rnn")
@@ -169,8 +169,6 @@ def _check_attention(config: PreTrainedConfig) -> None:
         raise ConfigError(
             f"num_attention_heads={heads} of the target: must be a multiple of num_key_value_heads={kv_heads}"
         )
-    if head_dim_of(config) % 2:
-        raise ConfigError(f"head_dim={head_dim_of(config)} of the target: must be even for rotary positions")
 
 
 def _check_layer_ids(layer_ids: list[int], depth: int) -> None:

@@ -17,7 +17,7 @@ from deepspec.drafts.backbone import DraftLayer, KeyValue
 from deepspec.drafts.confidence import build_confidence_head
 from deepspec.drafts.configuration import DraftSettings
 from deepspec.drafts.families import family_of
-from deepspec.drafts.heads import MarkovHead, build_markov_head
+from deepspec.drafts.heads import build_markov_head
 
 
 class TargetWeights(Protocol):
@@ -215,9 +215,10 @@ class DSparkModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The family's initialisation; W2 of a sequential head is 0, so training starts from the backbone alone."""
-        super()._init_weights(module)
-        if isinstance(module, MarkovHead):
-            initialization.zeros_(module.markov_w2.weight)
+        if self.markov_head is not None and module is self.markov_head.markov_w2:
+            initialization.zeros_(self.markov_head.markov_w2.weight)
+        else:
+            super()._init_weights(module)
 
 
 class Qwen3DSparkModel(DSparkModel):
