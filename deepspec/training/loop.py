@@ -1,0 +1,61 @@
+"""`train`: distil a frozen target into a draft, from a configuration to a folder of checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+
+from deepspec.config import TrainRun, validate
+from deepspec.files import write_atomically
+from deepspec.training.devices import start_accelerator
+from deepspec.training.interrupt import StopRequest
+from deepspec.training.report import Reporter
+from deepspec.training.resume import find_start
+from deepspec.training.setup import prepare_materials
+from deepspec.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    status: str  # finished; already finished (nothing was left to do); stopped (SIGTERM: the same command continues)
+    step: int  # optimizer steps done, over all sessions of the run
+    checkpoint: Path  # of `step`
+    metrics: dict[str, Any] = field(default_factory=dict)  # of the last logged step of this session
+
+
+def train(config: TrainRun) -> TrainResult:
+    """Train a draft, or continue to, as `config` says. Every rank of a launch calls this.
+
+    Raises:
+        ConfigError, DataError, ValueError: what cannot work in the configuration, the data or the run folder.
+        CheckpointError: a checkpoint cannot be written, or the one named by train.resume cannot be read.
+        RuntimeError: the loss or the gradient is no longer finite.
+    """
+    validate(config)
+    accelerator = start_accelerator(config)
+    start = find_start(config, accelerator)
+    if start.finished and start.checkpoint is not None:
+        accelerator.print(f"{config.output_dir} is already finished at step {start.step}: {start.checkpoint}")
+        return TrainResult("already finished", start.step, start.checkpoint)
+    materials = prepare_materials(config, accelerator, start.checkpoint)
+    _write_config(config, accelerator)
+    trainer = Trainer(config, accelerator, materials, start)
+    with StopRequest() as stop, Reporter(config, accelerator, start=start.step, steps=trainer.steps) as reporter:
+        reporter.say(trainer.description())
+        finished = trainer.run(stop, reporter)
+        status = "finished" if finished else "stopped"
+        reporter.say(f"{status} at step {trainer.done}: {trainer.checkpoint}")
+    assert trainer.checkpoint is not None
+    accelerator.free_memory()
+    return TrainResult(status, trainer.done, trainer.checkpoint, reporter.last_row)
+
+
+def _write_config(config: TrainRun, accelerator: Accelerator) -> None:
+    if accelerator.is_main_process:
+        write_atomically(Path(config.output_dir) / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))

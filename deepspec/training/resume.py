@@ -1,0 +1,145 @@
+"""Where a run starts: from scratch, from a checkpoint, or not at all because it is finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from deepspec.checkpoints import (
+    CheckpointError,
+    list_checkpoints,
+    newest_checkpoint,
+    read_trainer_state,
+    verify_checkpoint,
+)
+from deepspec.config import ConfigError, TrainRun, flatten
+from deepspec.files import sha256_of
+from deepspec.training.devices import is_deepspeed
+
+logger = logging.getLogger(__name__)
+
+# Keys that may differ between a run and its continuation: they do not change what is learned.
+FREE_KEYS = {
+    "output_dir",
+    "data.eval_files",
+    "data.num_workers",
+    "train.micro_batch_size",
+    "train.save_steps",
+    "train.keep_checkpoints",
+    "train.eval_steps",
+    "train.resume",
+}
+FREE_GROUPS = ("logging.",)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts."""
+
+    checkpoint: Path | None  # None = from scratch
+    step: int  # optimizer steps already done
+    finished: bool  # nothing is left to do
+
+
+def find_start(config: TrainRun, accelerator: Accelerator) -> Start:
+    """What `train.resume` and the run folder ask for. Rank 0 decides, the others follow.
+
+    Raises:
+        ConfigError: the run folder belongs to a run with other settings, data or launcher.
+        CheckpointError: a checkpoint named by `train.resume` is damaged.
+    """
+    decision: list[Any] = [_decide(config, accelerator) if accelerator.is_main_process else None]
+    broadcast_object_list(decision)
+    return decision[0]
+
+
+def _decide(config: TrainRun, accelerator: Accelerator) -> Start:
+    existing = list_checkpoints(config.output_dir)
+    if config.train.resume == "never":
+        if existing:
+            raise ConfigError(
+                f"train.resume=never, but {config.output_dir} already holds checkpoints up to {existing[-1].name}; "
+                "give another output_dir, or delete that folder"
+            )
+        return Start(None, 0, finished=False)
+    if config.train.resume == "auto":
+        checkpoint = newest_checkpoint(config.output_dir, subfolder="")
+        if checkpoint is None:
+            if existing:
+                logger.warning("no checkpoint in %s is valid: training starts from scratch", config.output_dir)
+            return Start(None, 0, finished=False)
+    else:
+        checkpoint = _named_checkpoint(config.train.resume)
+    state = read_trainer_state(checkpoint)
+    _check_same_run(config, state, checkpoint)
+    _check_same_launcher(accelerator, state, checkpoint)
+    return Start(checkpoint, state["step"], finished=state["step"] >= state["steps"])
+
+
+def _named_checkpoint(path: str) -> Path:
+    """The checkpoint that train.resume names; of a run folder, its newest."""
+    folder = Path(path).expanduser()
+    if (folder / "checkpoints").is_dir():
+        newest = newest_checkpoint(folder, subfolder="")
+        if newest is None:
+            raise CheckpointError(f"train.resume={path}: no valid checkpoint in this run folder")
+        return newest
+    if not folder.is_dir():
+        raise ConfigError(f"train.resume={path}: must be auto, never, or an existing checkpoint folder")
+    verify_checkpoint(folder)
+    return folder
+
+
+def run_identity(config: TrainRun) -> dict[str, Any]:
+    """Every setting that changes what is learned, by its dotted key, and the content of the training files."""
+    identity = {
+        key: value for key, value in flatten(config).items() if key not in FREE_KEYS and not key.startswith(FREE_GROUPS)
+    }
+    for file in config.data.train_files:
+        identity[f"content of {file}"] = sha256_of(file) if Path(file).is_file() else None
+    return json.loads(json.dumps(identity, default=str))
+
+
+def digest_of(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same_run(config: TrainRun, state: dict[str, Any], checkpoint: Path) -> None:
+    before, now = state["identity"], run_identity(config)
+    changed = [
+        f"{key}: was {_shown(before.get(key))}, is now {_shown(now.get(key))}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{checkpoint} was written by a run with other settings:\n  "
+            + "\n  ".join(changed)
+            + f"\nGive the old values to continue it, or start a new run with train.resume=never output_dir=... (not "
+            f"{config.output_dir})"
+        )
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _check_same_launcher(accelerator: Accelerator, state: dict[str, Any], checkpoint: Path) -> None:
+    """Weights and optimizer of one process and DDP are alike; DeepSpeed's are cut into one part per rank."""
+    was, now = state["distributed_type"], accelerator.distributed_type.value
+    if "DEEPSPEED" not in (was, now):
+        return
+    if was != now or (is_deepspeed(accelerator) and state["world_size"] != accelerator.num_processes):
+        raise ConfigError(
+            f"{checkpoint} was written by {was} on {state['world_size']} ranks, and this is {now} on "
+            f"{accelerator.num_processes}: DeepSpeed's optimizer state fits only the same launch; use the same "
+            "accelerate config, or start a new run with train.resume=never output_dir=..."
+        )

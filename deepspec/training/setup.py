@@ -1,0 +1,106 @@
+"""Build what a run needs, cheapest first: what the configuration alone can refuse fails before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from deepspec.config import ConfigError, TrainRun
+from deepspec.data.dataset import ConversationDataset, check_vocabulary, tokenize_conversations
+from deepspec.drafts import DraftSettings, DSparkModel, build_draft, build_draft_config, load_draft
+from deepspec.features import FeatureSource, build_feature_source
+from deepspec.targets import load_target, load_target_config, load_tokenizer
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Everything that is trained or trained on."""
+
+    draft: DSparkModel
+    features: FeatureSource
+    train_set: ConversationDataset
+    eval_set: ConversationDataset | None
+    pad_id: int
+
+
+def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Path | None) -> Materials:
+    """Load target and data, and build the draft: fresh, or from `checkpoint`.
+
+    Raises:
+        ConfigError: a draft that cannot be built for this target, or a tokenizer without the tokens it needs.
+        ValueError: a tokenizer that does not belong to the target, or a checkpoint of another target.
+        DataError: unusable data.
+    """
+    target_config = load_target_config(config.target.path, config.target.revision)
+    tokenizer = load_tokenizer(
+        config.target.path, revision=config.target.revision, chat_template=config.data.chat_template
+    )
+    check_vocabulary(tokenizer, target_config.vocab_size, config.target.path)
+    draft_config = draft_config_of(config, target_config, tokenizer)
+    with accelerator.main_process_first():
+        train_set = _dataset(config, config.data.train_files, tokenizer)
+        eval_set = _dataset(config, config.data.eval_files, tokenizer) if config.data.eval_files else None
+    target = load_target(
+        config.target.path,
+        revision=config.target.revision,
+        dtype=getattr(torch, config.target.dtype),
+        device=accelerator.device,
+    )
+    draft_config.target_fingerprint = target.fingerprint
+    if checkpoint is None:
+        draft = build_draft(draft_config, target, seed=config.seed)
+    else:
+        draft = load_draft(checkpoint, dtype=torch.float32, target=target)
+    return Materials(
+        draft=draft.train(),
+        features=build_feature_source(config.features.source, target, DraftSettings.of(draft_config).target_layer_ids),
+        train_set=train_set,
+        eval_set=eval_set,
+        pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+    )
+
+
+def draft_config_of(
+    config: TrainRun, target_config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedConfig:
+    """The draft that `config.draft` describes, for this target.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+    draft = config.draft
+    mask_token_id = draft.mask_token_id if draft.mask_token_id is not None else tokenizer.mask_token_id
+    if mask_token_id is None:
+        raise ConfigError(
+            "draft.mask_token_id=null: the tokenizer has no mask token; give a token id that never occurs in text"
+        )
+    return build_draft_config(
+        target_config,
+        algorithm=draft.algorithm,
+        num_layers=draft.num_layers,
+        block_size=draft.block_size,
+        target_layer_ids=draft.target_layer_ids,
+        mask_token_id=mask_token_id,
+        markov_rank=draft.markov_rank,
+        markov_head_type=draft.markov_head_type,
+        confidence_head=draft.confidence_head,
+        confidence_head_with_markov=draft.confidence_head_with_markov,
+        num_anchors=config.train.num_anchors,
+        sliding_window=draft.sliding_window,
+        target_model_name_or_path=config.target.path,
+        target_revision=config.target.revision,
+    )
+
+
+def _dataset(config: TrainRun, files: list[str], tokenizer: PreTrainedTokenizerBase) -> ConversationDataset:
+    return tokenize_conversations(
+        files,
+        tokenizer,
+        max_length=config.data.max_length,
+        min_supervised_tokens=config.data.min_supervised_tokens,
+        template_options=config.data.template_options,
+    )

@@ -1,0 +1,253 @@
+"""One session of a training run: optimizer steps, evaluation, checkpoints (DSpark section 4)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from deepspec.config import TrainRun
+from deepspec.data.sampler import StepSampler
+from deepspec.training.batches import (
+    EVALUATION,
+    TRAINING,
+    MicroBatch,
+    MicroBatchMaker,
+    evaluation_batches,
+    training_steps,
+)
+from deepspec.training.devices import accumulation_steps, autocast
+from deepspec.training.interrupt import StopRequest
+from deepspec.training.meter import Meter
+from deepspec.training.metrics import add_sums, summarize
+from deepspec.training.objective import DraftTrainingModule
+from deepspec.training.report import Reporter
+from deepspec.training.resume import Start
+from deepspec.training.schedule import learning_rate, total_steps
+from deepspec.training.setup import Materials
+from deepspec.training.state import TrainerState
+
+logger = logging.getLogger(__name__)
+
+Sums = dict[str, Tensor]
+
+
+class Trainer:
+    """Trains from `start` to the end of the run, or until it is told to stop."""
+
+    def __init__(self, config: TrainRun, accelerator: Accelerator, materials: Materials, start: Start):
+        self.config = config
+        self.accelerator = accelerator
+        self.materials = materials
+        self.steps = total_steps(config.train, len(materials.train_set))
+        self.accumulation = accumulation_steps(config.train, accelerator.num_processes)
+        self.autocast = autocast(accelerator, config.train.mixed_precision)
+        self.meter = Meter(accelerator.device)
+        self.module = DraftTrainingModule(materials.draft, config.train.loss).to(accelerator.device)
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        self.model, self.optimizer = accelerator.prepare(self.module, self._build_optimizer())
+        self.state = TrainerState(config, accelerator, materials.draft, self.steps)
+        if start.checkpoint is not None:
+            self.state.restore(start.checkpoint)
+        self.done = start.step
+        self.checkpoint = start.checkpoint
+        self.loss = math.nan
+        self._saved_step = start.step if start.checkpoint else None
+        self._empty_samples = 0
+
+    def description(self) -> str:
+        """What this session is going to do, in a line."""
+        trained = sum(parameter.numel() for parameter in self.parameters) / 1e6
+        origin = f"continuing from {self.checkpoint}" if self.checkpoint else "starting from scratch"
+        return (
+            f"{origin}: {self.steps - self.done} of {self.steps} steps, {len(self.materials.train_set)} samples, "
+            f"{trained:.2f} M trained parameters, {self.accelerator.num_processes} x {self.accelerator.device.type} "
+            f"({self.accelerator.distributed_type.value})"
+        )
+
+    def run(self, stop: StopRequest, reporter: Reporter) -> bool:
+        """Train and leave a checkpoint of the last step. Returns False when stopped before the end."""
+        for batches in self._training_batches():
+            weight_sum, tokens, stops = self._over_ranks(batches, stop.requested)
+            if stops:
+                break
+            with self.meter.step(tokens):
+                row = self._step(batches, weight_sum)
+            self.done += 1
+            row |= self.meter.read() if row else {}
+            if self._evaluation_is_due():
+                row |= {f"eval/{name}": value for name, value in self.evaluate().items()}
+            reporter.step(self.done, self.loss, row)
+            if self.done % self.config.train.save_steps == 0:
+                self._save()
+        if self._saved_step != self.done:
+            self._save()
+        return self.done == self.steps
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Metrics over all of data.eval_files, with the same anchors every time."""
+        assert self.materials.eval_set is not None
+        batches = evaluation_batches(
+            self.materials.eval_set,
+            self._batch_maker(EVALUATION),
+            micro_batch_size=self.config.train.micro_batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+        )
+        self.module.eval()
+        sums = add_sums(self._forward(self.module, batch, with_metrics=True) for batch in batches)
+        self.module.train()
+        return self._summary(sums)
+
+    def _step(self, batches: Sequence[MicroBatch], weight_sum: float) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches; metrics when this step is logged.
+
+        The loss is divided by the weight sum of the whole global batch. accelerate (or DeepSpeed) divides by the
+        accumulation steps and DDP averages over ranks, so both are multiplied back in.
+        """
+        is_logged = (self.done + 1) % self.config.logging.log_steps == 0 or self.done + 1 == self.steps
+        rate = self._set_learning_rate()
+        if weight_sum == 0:
+            self._note_empty_step()
+            return {"lr": rate, "supervised_weight": 0.0} if is_logged else {}
+        self._empty_samples = 0
+        scale = self.accumulation * self.accelerator.num_processes / weight_sum
+        parts: list[Sums] = []
+        gradient_norm = math.nan
+        for batch in batches:
+            with self.accelerator.accumulate(self.model):
+                sums = self._forward(self.model, batch, with_metrics=is_logged)
+                parts.append({name: value.detach() for name, value in sums.items()})
+                if batch is batches[-1]:  # DeepSpeed applies the step inside this backward pass
+                    self.loss = self._checked_loss(parts, batches) / weight_sum
+                self.accelerator.backward(sums["loss"] * scale)
+                if self.accelerator.sync_gradients:
+                    gradient_norm = self._apply_gradients()
+        if not is_logged:
+            return {}
+        figures = {
+            "lr": rate,
+            "grad_norm": gradient_norm,
+            "epoch": self._epochs_done(),
+            "supervised_weight": weight_sum,
+        }
+        return self._summary(add_sums(parts)) | figures
+
+    def _forward(self, model: torch.nn.Module, batch: MicroBatch, *, with_metrics: bool) -> Sums:
+        inputs = batch.to(self.accelerator.device)
+        features = self.materials.features.batch_features(inputs["input_ids"], inputs["attention_mask"])
+        with self.autocast:
+            return model(
+                **inputs, context_features=features.context, final_features=features.final, with_metrics=with_metrics
+            )
+
+    def _apply_gradients(self) -> float:
+        limit = self.config.train.grad_clip or math.inf
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit))
+        if not math.isfinite(norm):
+            raise RuntimeError(self._explain_not_finite("the gradient norm", norm, []))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def _checked_loss(self, parts: Sequence[Sums], batches: Sequence[MicroBatch]) -> float:
+        """Sum of the losses of all micro-batches of all ranks; the one host synchronisation before the step is applied.
+
+        Raises:
+            RuntimeError: it is not finite; with the samples that made it so.
+        """
+        losses = torch.stack([part["loss"] for part in parts])
+        total = float(self.accelerator.reduce(losses.sum(), "sum"))
+        if math.isfinite(total):
+            return total
+        pairs = zip(losses.isfinite().tolist(), batches, strict=True)
+        culprits = gather_object([index for finite, batch in pairs if not finite for index in batch.sample_index])
+        raise RuntimeError(self._explain_not_finite("the loss", total, culprits))
+
+    def _explain_not_finite(self, what: str, value: float, culprits: list[int]) -> str:
+        ids = [self.materials.train_set.id_of(index) for index in culprits]
+        samples = f" Samples of the micro-batches concerned (ids in data.train_files): {', '.join(ids)}." if ids else ""
+        survivor = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint yet"
+        return (
+            f"step {self.done + 1}: {what} is {value}; training stopped before anything was saved from it, {survivor}."
+            f"{samples} Look at those samples, lower train.lr={self.config.train.lr} or train.grad_clip="
+            f"{self.config.train.grad_clip}, or lengthen train.warmup_ratio={self.config.train.warmup_ratio}, in a new "
+            "output_dir"
+        )
+
+    def _over_ranks(self, batches: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, int, bool]:
+        """Weight sum and tokens of the global batch, and whether any rank was told to stop."""
+        totals = [sum(batch.weight_sum for batch in batches), sum(batch.tokens for batch in batches), stop_requested]
+        if self.accelerator.num_processes > 1:
+            tensor = torch.tensor(totals, dtype=torch.float64, device=self.accelerator.device)
+            totals = self.accelerator.reduce(tensor, "sum").tolist()
+        return float(totals[0]), int(totals[1]), bool(totals[2])
+
+    def _note_empty_step(self) -> None:
+        """A global batch without a single anchor changes nothing; a whole pass of them is an error."""
+        logger.warning("step %d: no sample of the batch has a place for an anchor; nothing is learned", self.done + 1)
+        self._empty_samples += self.config.train.global_batch_size
+        if self._empty_samples >= len(self.materials.train_set):
+            raise ValueError(
+                f"{', '.join(self.config.data.train_files)}: a whole pass over the data found no place for an "
+                "anchor, which needs two assistant tokens in a row: look at the assistant turns, data.chat_template "
+                f"and data.max_length={self.config.data.max_length}"
+            )
+
+    def _training_batches(self) -> Iterator[list[MicroBatch]]:
+        sampler = StepSampler(
+            len(self.materials.train_set),
+            global_batch_size=self.config.train.global_batch_size,
+            micro_batch_size=self.config.train.micro_batch_size,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            seed=self.config.seed,
+            start_step=self.done,
+            steps=self.steps,
+        )
+        return training_steps(
+            self.materials.train_set, sampler, self._batch_maker(TRAINING), self.config.data.num_workers
+        )
+
+    def _batch_maker(self, stream: int) -> MicroBatchMaker:
+        return MicroBatchMaker(
+            pad_id=self.materials.pad_id,
+            num_anchors=self.config.train.num_anchors,
+            block_size=self.materials.draft.block_size,
+            decay=self.config.train.loss.decay,
+            seed=self.config.seed,
+            stream=stream,
+        )
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        train = self.config.train
+        fused = self.accelerator.device.type == "cuda"
+        return torch.optim.AdamW(self.parameters, lr=train.lr, weight_decay=train.weight_decay, fused=fused)
+
+    def _set_learning_rate(self) -> float:
+        train = self.config.train
+        rate = learning_rate(self.done, peak=train.lr, warmup_ratio=train.warmup_ratio, steps=self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _save(self) -> None:
+        self.checkpoint = self.state.save(self.done)
+        self._saved_step = self.done
+
+    def _summary(self, sums: Sums) -> dict[str, float]:
+        """Metrics of the sums of all ranks; a rank without a batch has none."""
+        return summarize(add_sums(gather_object([{name: value.cpu() for name, value in sums.items()}])))
+
+    def _epochs_done(self) -> float:
+        return (self.done + 1) * self.config.train.global_batch_size / len(self.materials.train_set)
+
+    def _evaluation_is_due(self) -> bool:
+        due = self.done % self.config.train.eval_steps == 0 or self.done == self.steps
+        return due and self.materials.eval_set is not None
