@@ -1,0 +1,7 @@
+"""From a trained draft to a repository on the Hugging Face Hub: a checked folder, a model card, an upload."""
+
+from deepspec.publishing.folder import build_folder
+from deepspec.publishing.source import PublishError, find_source
+from deepspec.publishing.upload import PushOptions, push
+
+__all__ = ["PublishError", "PushOptions", "build_folder", "find_source", "push"]

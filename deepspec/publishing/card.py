@@ -1,0 +1,251 @@
+"""The model card: what the draft is, what was measured, how to use it. Every number comes from a file of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings
+from deepspec.publishing.results import Estimate, Evaluation
+from deepspec.publishing.source import DraftSource
+
+PLOT_NAME = "tau.png"
+BUILTIN_TARGET = "builtin"
+TITLES = {"dspark": "DSpark", "dflash": "DFlash"}
+PAPERS = {
+    "dspark": "[DSpark](https://arxiv.org/abs/2607.05147)",
+    "dflash": "[DFlash](https://arxiv.org/abs/2602.06036)",
+}
+# What the card shows of a run's config.yaml, with its title.
+TRAINING_ROWS = {
+    "train.steps": "Optimizer steps asked for",
+    "train.epochs": "Epochs",
+    "train.global_batch_size": "Samples per step",
+    "train.num_anchors": "Anchors per sample, at most",
+    "train.lr": "Peak learning rate",
+    "train.weight_decay": "Weight decay",
+    "train.warmup_ratio": "Warmup, fraction of the steps",
+    "train.grad_clip": "Gradient norm clipped at",
+    "train.mixed_precision": "Mixed precision",
+    "train.loss.ce": "Weight of cross-entropy",
+    "train.loss.tv": "Weight of total variation",
+    "train.loss.confidence": "Weight of the confidence loss",
+    "train.loss.decay": "Slot weight decay g in exp(-(k-1)/g)",
+    "data.train_files": "Training data",
+    "data.max_length": "Longest sample, tokens",
+    "data.min_supervised_tokens": "Fewest supervised tokens of a sample",
+    "seed": "Seed",
+}
+
+
+def build_card(
+    source: DraftSource,
+    evaluation: Evaluation | None,
+    *,
+    repo_id: str,
+    license_name: str | None = None,
+    with_plot: bool = False,
+) -> str:
+    """The text of README.md, with its YAML metadata.
+
+    Args:
+        evaluation: None = the card says that the draft has not been evaluated.
+        license_name: license identifier; None = left out of the metadata.
+        with_plot: show the picture that lies beside the card as `tau.png`.
+    """
+    settings = DraftSettings.of(source.config)
+    target = getattr(source.config, "target_model_name_or_path", None)
+    metadata = ModelCardData(
+        base_model=target if is_hub_id(target) else None,
+        library_name="deepspec",
+        license=license_name,
+        pipeline_tag="text-generation",
+        tags=["speculative-decoding", "draft-model", settings.algorithm],
+    )
+    sections = [
+        _introduction(source, settings, repo_id),
+        _results(evaluation, with_plot),
+        _usage(source, repo_id),
+        _architecture(source, settings),
+        _training(source),
+        _sample(evaluation),
+        _license(license_name),
+    ]
+    body = "\n\n".join(section for section in sections if section)
+    return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"))
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether a recorded target name can be found on the Hub: not the built-in one, not a folder."""
+    if not name or name == BUILTIN_TARGET or name.count("/") != 1 or Path(name).expanduser().exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def target_title(name: str | None) -> str:
+    """How the card names a target, without the folders of the machine that trained the draft."""
+    if not name:
+        return "a target that its config.json does not name"
+    if name == BUILTIN_TARGET:
+        return "the built-in target of DeepSpec"
+    if is_hub_id(name):
+        return f"[{name}](https://huggingface.co/{name})"
+    return f"`{Path(name).name}` (a local model)"
+
+
+def _introduction(source: DraftSource, settings: DraftSettings, repo_id: str) -> str:
+    config = source.config
+    title = TITLES[settings.algorithm]
+    target = getattr(config, "target_model_name_or_path", None)
+    fingerprint = getattr(config, "target_fingerprint", None)
+    facts = [
+        ("Target", target_title(target)),
+        (
+            "Target revision",
+            f"`{config.target_revision}`" if getattr(config, "target_revision", None) else "not pinned",
+        ),
+        ("Target fingerprint", f"`{fingerprint}`" if fingerprint else "not recorded"),
+        ("Algorithm", PAPERS[settings.algorithm]),
+        ("Trained parameters", f"{source.parameters:,}"),
+    ]
+    return (
+        f"# {repo_id.split('/')[-1]}\n\n"
+        f"A {title} draft model for speculative decoding with {target_title(target)}. It proposes up to "
+        f"{settings.block_size} tokens a round, and the target verifies them in one forward pass; the text has the "
+        "target's own distribution. It is of no use without that target.\n\n" + _table(("", ""), facts)
+    )
+
+
+def _results(evaluation: Evaluation | None, with_plot: bool) -> str:
+    plot = f"![Accepted length by prompt set]({PLOT_NAME})" if with_plot else ""
+    if evaluation is None:
+        nothing = "**This draft has not been evaluated.** No accepted length or speed-up is claimed."
+        return "\n\n".join(part for part in ("## Results", nothing, plot) if part)
+    rows = []
+    for row in evaluation.rows:
+        rows.append(
+            (
+                f"{row.temperature:g}",
+                row.set_name,
+                str(row.prompts) if row.prompts is not None else "",
+                _estimate(row.tau),
+                _estimate(row.verify_rate),
+                _estimate(row.speedup),
+                ", ".join(_estimate(value and Estimate(value.value)) or "-" for value in row.cond_accept),
+            )
+        )
+    header = ("Temperature", "Set", "Prompts", "tau", "Verify rate", "Speed-up", "cond_accept@1, 2, ...")
+    empty = [i for i in range(len(header)) if not any(row[i] for row in rows)]
+    table = _table(
+        [title for i, title in enumerate(header) if i not in empty],
+        [[cell for i, cell in enumerate(row) if i not in empty] for row in rows],
+    )
+    legend = (
+        "tau: tokens emitted per verification round, the target's own included. Verify rate: emitted tokens out of "
+        "verified ones. Speed-up: over plain decoding in the same engine on the same machine. cond_accept@k: how often "
+        "token k is accepted when those before it were. In brackets: 95% bootstrap intervals over prompts."
+    )
+    conditions = "; ".join(f"{title} {value}" for title, value in evaluation.conditions.items())
+    return "\n\n".join(part for part in ("## Results", table, legend, conditions and f"{conditions}.", plot) if part)
+
+
+def _usage(source: DraftSource, repo_id: str) -> str:
+    target = getattr(source.config, "target_model_name_or_path", None)
+    revision = getattr(source.config, "target_revision", None)
+    known = target == BUILTIN_TARGET or is_hub_id(target)
+    path = target if known else "PATH_OF_THE_TARGET"
+    pinned_argument = f', revision="{revision}"' if revision else ""
+    pinned_override = f" target.revision={revision}" if revision else ""
+    return (
+        "## Use\n\n```python\nimport deepspec\nfrom deepspec.targets import load_target\n\n"
+        f'target = load_target("{path}"{pinned_argument})\n'
+        f'draft = deepspec.load_draft("{repo_id}", target=target)  # refuses a target that it was not trained for\n'
+        "```\n\nMeasure it on your own prompts:\n\n```bash\n"
+        f"accelerate launch eval.py checkpoint={repo_id} target.path={path}{pinned_override}\n```"
+    )
+
+
+def _architecture(source: DraftSource, settings: DraftSettings) -> str:
+    config = source.config
+    with_markov = " (reads the Markov embedding too)" if settings.confidence_head_with_markov else ""
+    markov = f"{settings.markov_head_type}, rank {settings.markov_rank}" if settings.markov_rank else "none"
+    facts = [
+        ("Class", f"`{ARCHITECTURES[config.model_type]}`"),
+        ("Draft layers", str(config.num_hidden_layers)),
+        ("Block size", str(settings.block_size)),
+        ("Captured target layers", f"{list(settings.target_layer_ids)} of {settings.num_target_layers} (0-based)"),
+        ("Markov head", markov),
+        ("Confidence head", f"yes{with_markov}" if settings.confidence_head else "none"),
+        ("Context window", f"{settings.context_window} tokens" if settings.context_window else "whole context"),
+        ("Mask token id", str(settings.mask_token_id)),
+        ("Hidden size, vocabulary", f"{config.hidden_size}, {config.vocab_size}"),
+        ("Heads, key/value heads", f"{config.num_attention_heads}, {config.num_key_value_heads}"),
+    ]
+    note = (
+        "The embedding and the output head are the target's own, frozen, and stored so that the draft loads by itself."
+    )
+    return f"## Architecture\n\n{_table(('', ''), facts)}\n\n{note}"
+
+
+def _training(source: DraftSource) -> str:
+    rows = [] if source.step is None else [("Optimizer steps done", f"{source.step:,}")]
+    for key, title in TRAINING_ROWS.items():
+        value: Any = source.training
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is None or (key == "train.epochs" and _nested(source.training, "train", "steps")):
+            continue
+        if isinstance(value, list):
+            value = ", ".join(f"`{Path(str(item)).name}`" for item in value)
+        rows.append((title, str(value)))
+    if not rows:
+        return "## Training\n\nNo training settings lie beside this checkpoint."
+    return f"## Training\n\n{_table(('', ''), rows)}"
+
+
+def _nested(settings: dict[str, Any], group: str, key: str) -> Any:
+    return (settings.get(group) or {}).get(key)
+
+
+def _sample(evaluation: Evaluation | None) -> str:
+    if evaluation is None or evaluation.sample is None:
+        return ""
+    sample = evaluation.sample
+    quoted = [f"{title}\n\n{_fenced(text)}" for title, text in (("Prompt:", sample.prompt), ("Output:", sample.output))]
+    return "\n\n".join([f"## Sample ({sample.set_name}, temperature {sample.temperature:g})", *quoted])
+
+
+def _license(license_name: str | None) -> str:
+    chosen = f"The draft: {license_name}." if license_name else "The publisher has not named a license for the draft."
+    return f"## License\n\n{chosen} Its embedding and output head are the target's weights, under the target's license."
+
+
+def _estimate(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return ""
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.2f}"
+    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+
+
+def _fenced(text: str, longest: int = 600) -> str:
+    """A code block that no backtick of the text can close."""
+    text = text if len(text) <= longest else text[:longest].rstrip() + " ..."
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

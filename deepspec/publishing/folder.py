@@ -1,0 +1,85 @@
+"""The folder that is sent: config, weights, model card and plot, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from deepspec.publishing.card import PLOT_NAME, build_card
+from deepspec.publishing.results import Evaluation
+from deepspec.publishing.source import DraftSource, PublishError
+
+CARD_NAME = "README.md"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def build_folder(
+    folder: Path,
+    source: DraftSource,
+    evaluation: Evaluation | None,
+    *,
+    repo_id: str,
+    license_name: str | None = None,
+    plot: Path | None = None,
+) -> Path:
+    """Write what a repository of this draft holds into `folder`, replacing an earlier one.
+
+    Args:
+        evaluation: of this draft; None = the card says that it has not been evaluated.
+        plot: PNG for the card; None = the evaluation's own, if it has one.
+
+    Raises:
+        FileNotFoundError: no such plot.
+        PublishError: the folder holds other things, or cannot be written.
+    """
+    plot = _checked_plot(plot or (evaluation.plot if evaluation else None))
+    card = build_card(source, evaluation, repo_id=repo_id, license_name=license_name, with_plot=plot is not None)
+    _refuse_foreign_content(folder, source)
+    unfinished = folder.absolute().with_name(f".{folder.absolute().name}.tmp")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        for name in source.files:
+            shutil.copyfile(source.folder / name, unfinished / name)
+        if plot is not None:
+            shutil.copyfile(plot, unfinished / PLOT_NAME)
+        (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(unfinished, folder)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise PublishError(
+            f"could not write {folder}: {error}; free some space or choose another output_dir"
+        ) from error
+    return folder
+
+
+def _checked_plot(plot: Path | None) -> Path | None:
+    if plot is None:
+        return None
+    if not plot.is_file():
+        raise FileNotFoundError(f"plot={plot}: no such file; `python -m deepspec.evaluation.report` draws tau.png")
+    with plot.open("rb") as file:
+        if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
+            raise PublishError(f"plot={plot}: not a PNG picture")
+    return plot
+
+
+def _refuse_foreign_content(folder: Path, source: DraftSource) -> None:
+    """Only a folder that an earlier push wrote is replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise PublishError(f"output_dir={folder}: is a file; choose another output_dir")
+    if source.folder.resolve().is_relative_to(folder.resolve()):
+        raise PublishError(f"output_dir={folder}: holds the checkpoint that is published; choose another output_dir")
+    if not folder.is_dir():
+        return
+    present = list(folder.iterdir())
+    ours = (CARD_NAME, PLOT_NAME, "config.json")
+    foreign = sorted(file.name for file in present if file.name not in ours and ".safetensors" not in file.suffixes)
+    if foreign or (present and not (folder / CARD_NAME).is_file()):
+        named = ", ".join((foreign or sorted(file.name for file in present))[:5])
+        raise PublishError(
+            f"output_dir={folder}: holds files that a push did not write ({named}); choose another output_dir"
+        )
