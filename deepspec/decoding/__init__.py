@@ -1,0 +1,20 @@
+"""The speculative decoder: engine, proposers, verification rules, sampling, caches."""
+
+from deepspec.decoding.engine import SpeculativeEngine, Timing
+from deepspec.decoding.proposers import DSparkProposer, Proposal, Proposer, check_draft_fits
+from deepspec.decoding.requests import Completion, Request, Round
+from deepspec.decoding.verification import VERIFICATION_RULES, Verdict
+
+__all__ = [
+    "VERIFICATION_RULES",
+    "Completion",
+    "DSparkProposer",
+    "Proposal",
+    "Proposer",
+    "Request",
+    "Round",
+    "SpeculativeEngine",
+    "Timing",
+    "Verdict",
+    "check_draft_fits",
+]

@@ -1,0 +1,41 @@
+"""What goes into the engine and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt with its own settings and its own random stream."""
+
+    prompt_ids: list[int]
+    max_new_tokens: int
+    temperature: float = 0.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Round:
+    """One verification round, counted as the paper counts (DSpark section 5).
+
+    When an accepted token is a stop, the proposal counts up to it and there is no bonus token. `accepted` may go beyond
+    `max_new_tokens` in the last round; `emitted` never does.
+    """
+
+    proposed: int  # drafted tokens that were verified
+    accepted: int  # of them kept
+    emitted: int  # tokens that became output: accepted ones and the bonus or corrected one
+    confidences: list[float] | None  # of the proposed tokens, if the draft has a confidence head
+
+
+@dataclass
+class Completion:
+    """The output of one request. The first token comes from the prefill pass and belongs to no round."""
+
+    output_ids: list[int] = field(default_factory=list)  # the stop token, if any, included
+    rounds: list[Round] = field(default_factory=list)
+    finish_reason: str = ""  # stop or length

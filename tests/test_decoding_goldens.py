@@ -1,0 +1,65 @@
+"""Greedy traces of the published reference implementation, round by round."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepspec import load_draft
+from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+from deepspec.targets import load_target
+
+GOLDENS = Path(__file__).parent / "goldens"
+DRAFTS = ["dspark_vanilla", "dspark_gated", "dspark_rnn", "dflash"]
+RUNS = ["default", "confidence_threshold_0.5", "stop_token"]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return load_target(str(GOLDENS / "target"))
+
+
+class RecordingProposer(DSparkProposer):
+    """Keeps every proposal of a single-row run."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.proposals = []
+
+    def propose(self, *args):
+        proposal = super().propose(*args)
+        confidences = None if proposal.confidences is None else proposal.confidences[0].logit().tolist()
+        self.proposals.append((proposal.tokens[0].tolist(), confidences))
+        return proposal
+
+
+@pytest.mark.parametrize("run_name", RUNS)
+@pytest.mark.parametrize("name", DRAFTS)
+def test_golden_trace(name, run_name, target):
+    for case in json.loads((GOLDENS / f"{name}.json").read_text())["decode"]:
+        if run_name not in case["runs"]:
+            assert name == "dflash"
+            continue
+        golden = case["runs"][run_name]
+        proposer = RecordingProposer(load_draft(GOLDENS / f"ckpt_{name}"), target)
+        engine = SpeculativeEngine(
+            target, proposer, max_length=128, confidence_threshold=golden["confidence_threshold"]
+        )
+        request = Request(case["prompt"], max_new_tokens=64, stop_token_ids=tuple(golden["stop_token_ids"] or ()))
+        completion = engine.generate([request])[0]
+        assert completion.output_ids == golden["output_ids"]
+        rounds = len(completion.rounds)
+        assert len(golden["accepted_draft_lengths"]) - rounds in (0, 1)  # the reference may run a round past the limit
+        assert [r.accepted for r in completion.rounds] == golden["accepted_draft_lengths"][:rounds]
+        assert [r.proposed for r in completion.rounds] == golden["proposal_lengths"][:rounds]
+        assert 1 + sum(r.emitted for r in completion.rounds) == len(golden["output_ids"])
+        for (tokens, confidences), expected in zip(proposer.proposals, golden["proposals"], strict=False):
+            verified = len(expected["draft"])
+            assert tokens[:verified] == expected["draft"]
+            if expected["confidence"]:
+                torch.testing.assert_close(
+                    torch.tensor(confidences[:verified]), torch.tensor(expected["confidence"]), atol=1e-4, rtol=1e-4
+                )
