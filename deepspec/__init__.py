@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deepspec.drafts.loading import load_draft
 
-__all__ = ["load_draft"]
+__all__ = ["__version__", "load_draft"]
+
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

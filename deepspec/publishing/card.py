@@ -11,7 +11,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings
-from deepspec.publishing.results import Estimate, Evaluation
+from deepspec.evaluation.statistics import Estimate
+from deepspec.evaluation.summary import show_estimate, show_number
+from deepspec.publishing.results import Evaluation
 from deepspec.publishing.source import DraftSource
 
 PLOT_NAME = "tau.png"
@@ -73,7 +75,7 @@ def build_card(
         _usage(source, repo_id),
         _architecture(source, settings),
         _training(source),
-        _sample(evaluation),
+        _samples(evaluation),
         _license(license_name),
     ]
     body = "\n\n".join(section for section in sections if section)
@@ -130,19 +132,18 @@ def _results(evaluation: Evaluation | None, with_plot: bool) -> str:
     if evaluation is None:
         nothing = "**This draft has not been evaluated.** No accepted length or speed-up is claimed."
         return "\n\n".join(part for part in ("## Results", nothing, plot) if part)
-    rows = []
-    for row in evaluation.rows:
-        rows.append(
-            (
-                f"{row.temperature:g}",
-                row.set_name,
-                str(row.prompts) if row.prompts is not None else "",
-                _estimate(row.tau),
-                _estimate(row.verify_rate),
-                _estimate(row.speedup),
-                ", ".join(_estimate(value and Estimate(value.value)) or "-" for value in row.cond_accept),
-            )
+    rows = [
+        (
+            f"{row.temperature:g}",
+            row.set_name,
+            "" if row.prompts is None else str(row.prompts),
+            _known(row.tau),
+            "" if row.verify_rate is None else f"{row.verify_rate:.2f}",
+            _known(row.speedup),
+            ", ".join(show_number(rate) for rate in row.cond_accept),
         )
+        for row in evaluation.rows
+    ]
     header = ("Temperature", "Set", "Prompts", "tau", "Verify rate", "Speed-up", "cond_accept@1, 2, ...")
     empty = [i for i in range(len(header)) if not any(row[i] for row in rows)]
     table = _table(
@@ -152,9 +153,9 @@ def _results(evaluation: Evaluation | None, with_plot: bool) -> str:
     legend = (
         "tau: tokens emitted per verification round, the target's own included. Verify rate: emitted tokens out of "
         "verified ones. Speed-up: over plain decoding in the same engine on the same machine. cond_accept@k: how often "
-        "token k is accepted when those before it were. In brackets: 95% bootstrap intervals over prompts."
+        "token k is accepted when those before it were. In parentheses: 95% bootstrap intervals over prompts."
     )
-    conditions = "; ".join(f"{title} {value}" for title, value in evaluation.conditions.items())
+    conditions = "; ".join(f"{title}: {value}" for title, value in evaluation.conditions)
     return "\n\n".join(part for part in ("## Results", table, legend, conditions and f"{conditions}.", plot) if part)
 
 
@@ -216,12 +217,14 @@ def _nested(settings: dict[str, Any], group: str, key: str) -> Any:
     return (settings.get(group) or {}).get(key)
 
 
-def _sample(evaluation: Evaluation | None) -> str:
-    if evaluation is None or evaluation.sample is None:
+def _samples(evaluation: Evaluation | None) -> str:
+    if evaluation is None or not evaluation.samples:
         return ""
-    sample = evaluation.sample
-    quoted = [f"{title}\n\n{_fenced(text)}" for title, text in (("Prompt:", sample.prompt), ("Output:", sample.output))]
-    return "\n\n".join([f"## Sample ({sample.set_name}, temperature {sample.temperature:g})", *quoted])
+    parts = ["## Sample output"]
+    for sample in evaluation.samples:
+        parts.append(f"Set {sample.set_name}, temperature {sample.temperature:g}. Prompt:\n\n{_fenced(sample.prompt)}")
+        parts.append(f"Output:\n\n{_fenced(sample.text)}")
+    return "\n\n".join(parts)
 
 
 def _license(license_name: str | None) -> str:
@@ -229,12 +232,8 @@ def _license(license_name: str | None) -> str:
     return f"## License\n\n{chosen} Its embedding and output head are the target's weights, under the target's license."
 
 
-def _estimate(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return ""
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:.2f}"
-    return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
+def _known(estimate: Estimate) -> str:
+    return "" if estimate.value is None else show_estimate(estimate)
 
 
 def _fenced(text: str, longest: int = 600) -> str:

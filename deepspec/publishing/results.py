@@ -1,63 +1,61 @@
-"""An evaluation's metrics.json as the model card needs it, refused when it measured another draft."""
+"""An evaluation's files as the model card needs them, refused when they measured another draft."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspec.evaluation.statistics import Estimate
+from deepspec.evaluation.summary import METRICS_FILE, SAMPLES_FILE
 from deepspec.files import sha256_of
 from deepspec.publishing.source import DraftSource, PublishError
 
-METRICS_FILE, SAMPLES_FILE, PLOT_FILE = "metrics.json", "samples.jsonl", "tau.png"
-# How it was measured, as the card words it: key of the evaluation's config -> title.
+PLOT_FILE, REPORT_FOLDER = "tau.png", "report"
+MEAN = "mean of sets"
+# How it was measured, as the card words it: key of the evaluation's settings -> title.
 CONDITIONS = {
-    "decode.max_new_tokens": "At most new tokens",
-    "decode.batch_size": "prompts decoded together",
-    "decode.verification": "verification by",
-    "decode.confidence_threshold": "confidence threshold",
-    "target.dtype": "target computed in",
+    "decode.max_new_tokens": "New tokens per prompt, at most",
+    "decode.batch_size": "Prompts decoded together",
+    "decode.verification": "Verification rule",
+    "decode.top_k": "Top-k (0 = off)",
+    "decode.top_p": "Top-p (1 = off)",
+    "decode.confidence_threshold": "Confidence threshold (0 = always the whole block)",
+    "target.dtype": "Number format",
+    "seed": "Seed",
 }
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean and its 95% interval, if one was computed."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
 class ResultRow:
-    """What was measured on one prompt set at one temperature."""
+    """What was measured on one prompt set at one temperature, or the mean over the sets."""
 
     temperature: float
     set_name: str
-    tau: Estimate | None  # tokens emitted per verification round; None = no round was needed
+    tau: Estimate
+    speedup: Estimate  # no value = no baseline was decoded
     prompts: int | None = None
-    verify_rate: Estimate | None = None
-    speedup: Estimate | None = None  # None = no baseline was decoded
-    cond_accept: tuple[Estimate | None, ...] = ()  # by slot; None = the slot was never reached
+    verify_rate: float | None = None
+    cond_accept: tuple[float | None, ...] = ()  # by slot; None = the slot was never reached
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and what the target and the draft wrote together."""
+    """A prompt and what target and draft wrote together."""
 
     set_name: str
     temperature: float
     prompt: str
-    output: str
+    text: str
 
 
 @dataclass(frozen=True)
 class Evaluation:
     rows: tuple[ResultRow, ...]
-    conditions: dict[str, str] = field(default_factory=dict)  # how it was measured: title -> value
-    sample: Sample | None = None
+    conditions: tuple[tuple[str, str], ...] = ()  # how it was measured: title, value
+    samples: tuple[Sample, ...] = ()
     plot: Path | None = None
 
 
@@ -76,98 +74,90 @@ def read_evaluation(path: str | Path, source: DraftSource) -> Evaluation:
         )
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise PublishError(f"{file}: damaged ({error}); evaluate again") from error
-    if not isinstance(metrics, dict):
-        raise PublishError(f"{file}: not an evaluation; give the output_dir of eval.py")
-    _check_same_draft(metrics, source, file)
-    plot = folder / PLOT_FILE
-    return Evaluation(
-        rows=_rows(metrics, file),
-        conditions=_conditions(metrics),
-        sample=_sample(folder / SAMPLES_FILE),
-        plot=plot if plot.is_file() else None,
-    )
-
-
-def _check_same_draft(metrics: dict[str, Any], source: DraftSource, file: Path) -> None:
-    """By the SHA-256 of the weight files where recorded, else by the folder."""
-    draft = metrics.get("draft")
-    recorded: dict[str, Any] = draft if isinstance(draft, dict) else {}
-    evaluated = recorded.get("path") or metrics.get("checkpoint")
-    digests = recorded.get("sha256")
-    another = (
-        f"{file}: measured another draft ({evaluated or 'unnamed'}) than {source.folder}; evaluate this one with "
-        f"eval.py checkpoint={source.folder}, or give the evaluation that belongs to it"
-    )
-    if isinstance(digests, dict) and digests:
-        weights = [name for name in source.files if name.endswith(".safetensors")]
-        if digests != {name: sha256_of(source.folder / name) for name in weights}:
-            raise PublishError(another)
-    elif evaluated:
-        if Path(str(evaluated)).expanduser().resolve() != source.folder.resolve():
-            raise PublishError(another)
-    else:
-        raise PublishError(f"{file}: does not say which draft it measured; evaluate again with eval.py")
-
-
-def _rows(metrics: dict[str, Any], file: Path) -> tuple[ResultRow, ...]:
-    rows = []
-    try:
-        for temperature, sets in metrics["results"].items():
-            for set_name, entry in sets.items():
-                rows.append(
-                    ResultRow(
-                        temperature=float(temperature),
-                        set_name=set_name,
-                        tau=_estimate(entry["tau"]),
-                        prompts=entry.get("prompts"),
-                        verify_rate=_estimate(entry.get("verify_rate")),
-                        speedup=_estimate(entry.get("speedup")),
-                        cond_accept=tuple(_estimate(value) for value in entry.get("cond_accept") or ()),
-                    )
-                )
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        digests = _digests_of_same_draft(metrics["draft"], source, file)
+        rows = tuple(row for result in metrics["results"] for row in _rows_at(result))
+        conditions = _conditions(metrics)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PublishError(
-            f"{file}: not the metrics of eval.py ({type(error).__name__}: {error}); expected results by temperature "
-            "and set, each with tau; evaluate again"
+            f"{file}: not the metrics of eval.py, or damaged ({type(error).__name__}: {error}); evaluate again"
         ) from error
     if not rows:
         raise PublishError(f"{file}: holds no results; evaluate at least one set")
-    return tuple(sorted(rows, key=lambda row: (-row.temperature, row.set_name)))
+    return Evaluation(rows, conditions, _samples(folder / SAMPLES_FILE), _find_plot(folder, digests))
 
 
-def _estimate(recorded: Any) -> Estimate | None:
-    """A number, or `{"value", "low", "high"}`; null is None."""
-    if isinstance(recorded, dict):
-        value, low, high = recorded["value"], recorded.get("low"), recorded.get("high")
-    else:
-        value, low, high = recorded, None, None
-    if value is None:
-        return None
-    return Estimate(float(value), *(None if bound is None else float(bound) for bound in (low, high)))
+def _digests_of_same_draft(draft: Mapping[str, Any], source: DraftSource, file: Path) -> list[str]:
+    """SHA-256 of the weight files, which are those that were evaluated."""
+    ours = {name: sha256_of(source.folder / name) for name in source.files if name.endswith(".safetensors")}
+    evaluated: Mapping[str, str] = draft["weights"]
+    if any(evaluated.get(name) != digest for name, digest in ours.items()):
+        raise PublishError(
+            f"{file}: measured other weights ({draft.get('folder')}) than those of {source.folder}; evaluate these "
+            f"with eval.py checkpoint={source.folder}, or give the evaluation that belongs to it"
+        )
+    return list(ours.values())
 
 
-def _conditions(metrics: dict[str, Any]) -> dict[str, str]:
-    found = {"Measured on": str(metrics["device"])} if metrics.get("device") else {}
-    for key, title in CONDITIONS.items():
-        value: Any = metrics.get("config")
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is not None:
-            found[title] = str(value)
-    return found
+def _rows_at(result: Mapping[str, Any]) -> list[ResultRow]:
+    temperature = float(result["temperature"])
+    rows = [
+        ResultRow(
+            temperature,
+            name,
+            _estimate(measured["tau"]),
+            _estimate(measured["speedup"]),
+            measured["prompts"],
+            measured["verify_rate"],
+            tuple(measured["cond_accept"]),
+        )
+        for name, measured in result["sets"].items()
+    ]
+    if len(rows) > 1:
+        mean = result["macro"]
+        rows.append(ResultRow(temperature, MEAN, _estimate(mean["tau"]), _estimate(mean["speedup"])))
+    return rows
 
 
-def _sample(file: Path) -> Sample | None:
-    """The first sample text, if the evaluation kept any."""
+def _estimate(recorded: Mapping[str, float | None] | None) -> Estimate:
+    return Estimate(None) if recorded is None else Estimate(recorded["value"], recorded["low"], recorded["high"])
+
+
+def _conditions(metrics: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    machine, settings = metrics["machine"], metrics["settings"]
+    hardware = machine.get("accelerator") or f"{machine['cpu']}, {machine['torch_threads']} threads"
+    chosen = [(title, str(settings[key])) for key, title in CONDITIONS.items() if key in settings]
+    return (("Measured on", hardware), *chosen)
+
+
+def _samples(file: Path) -> tuple[Sample, ...]:
+    """The first sample of each set at the highest temperature, if the evaluation kept any."""
     if not file.is_file():
-        return None
+        return ()
     try:
-        with file.open(encoding="utf-8") as lines:
-            first = json.loads(next(lines))
-        return Sample(str(first["set"]), float(first["temperature"]), str(first["prompt"]), str(first["output"]))
-    except StopIteration:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [
+            Sample(str(line["set"]), float(line["temperature"]), str(line["prompt"]), str(line["text"]))
+            for line in lines
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PublishError(
+            f"{file}: not the samples of eval.py, or damaged ({type(error).__name__}: {error}); evaluate again, or "
+            "remove it to publish without sample texts"
+        ) from error
+    hottest = max((sample.temperature for sample in found), default=0.0)
+    first: dict[str, Sample] = {}
+    for sample in found:
+        if sample.temperature == hottest:
+            first.setdefault(sample.set_name, sample)
+    return tuple(first.values())
+
+
+def _find_plot(folder: Path, digests: list[str]) -> Path | None:
+    """tau.png of the evaluation, or of a report beside it that was made from this draft's numbers."""
+    report = folder.absolute().parent / REPORT_FOLDER
+    if (folder / PLOT_FILE).is_file():
+        return folder / PLOT_FILE
+    if not (report / PLOT_FILE).is_file() or not (report / METRICS_FILE).is_file():
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise PublishError(f"{file}:1: not a sample of eval.py ({type(error).__name__}: {error})") from error
+    reported = (report / METRICS_FILE).read_text(encoding="utf-8", errors="replace")
+    return report / PLOT_FILE if all(digest in reported for digest in digests) else None
