@@ -14,6 +14,7 @@ from conftest import TinyBatch
 from safetensors.torch import load_file, save_file
 
 import deepspec
+from deepspec.checkpoints import checkpoint_folder, write_checkpoint
 from deepspec.drafts import DSparkModel, Qwen3DSparkModel, load_draft
 from deepspec.targets import Target
 
@@ -142,6 +143,21 @@ def test_nothing_there(tmp_path: Path) -> None:
         load_draft(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         load_draft(tmp_path / "absent")
+
+
+def test_a_run_folder_gives_its_newest_complete_checkpoint(tiny_draft: MakeDraft, tmp_path: Path) -> None:
+    drafts = {step: tiny_draft(block_size=step) for step in (1, 2, 3)}
+    for step, draft in drafts.items():
+        write_checkpoint(tmp_path, step, lambda to, draft=draft: draft.save_pretrained(to / "draft"), {"step": step})
+    assert load_draft(tmp_path).block_size == 3
+    assert load_draft(checkpoint_folder(tmp_path, 1)).block_size == 1
+    damaged = checkpoint_folder(tmp_path, 3) / "draft" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert load_draft(tmp_path).block_size == 2
+    shutil.rmtree(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        load_draft(tmp_path)
 
 
 def test_another_target_is_refused(tiny_draft: MakeDraft, tmp_path: Path) -> None:

@@ -124,6 +124,24 @@ def test_target_probabilities_are_skipped_when_nobody_needs_them(
     assert full.keys() > quick.keys()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16_autocast_stays_close_to_float32(
+    tiny_draft: MakeDraft, tiny_batch: TinyBatch, variant: dict[str, Any]
+) -> None:
+    draft = tiny_draft(**variant)
+    exact = run(draft, tiny_batch)
+    exact["loss"].backward()
+    expected = gradients(draft)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = run(draft, tiny_batch)
+    mixed["loss"].backward()
+    assert all(value.dtype == torch.float32 for value in mixed.values())
+    assert summarize(mixed) == pytest.approx(summarize(exact), rel=0.05, abs=0.02)
+    for name, gradient in gradients(draft).items():
+        assert gradient.dtype == torch.float32
+        assert torch.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.9, name
+
+
 def test_nothing_but_the_loss_carries_a_gradient(tiny_draft: MakeDraft, tiny_batch: TinyBatch) -> None:
     sums = run(tiny_draft(), tiny_batch)
     assert [name for name, value in sums.items() if value.requires_grad] == ["loss"]
