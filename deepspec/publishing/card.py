@@ -151,9 +151,9 @@ def _results(evaluation: Evaluation | None, with_plot: bool) -> str:
         [[cell for i, cell in enumerate(row) if i not in empty] for row in rows],
     )
     legend = (
-        "tau: tokens emitted per verification round, the target's own included. Verify rate: emitted tokens out of "
-        "verified ones. Speed-up: over plain decoding in the same engine on the same machine. cond_accept@k: how often "
-        "token k is accepted when those before it were. In parentheses: 95% bootstrap intervals over prompts."
+        "tau: tokens emitted per verification round, the target's own included. Verify rate: accepted + 1 over "
+        "proposed + 1, summed over rounds. Speed-up: over plain decoding in the same engine on the same machine. "
+        "cond_accept@k: how often token k is accepted when those before it were. In parentheses: 95% bootstrap intervals over prompts."
     )
     conditions = "; ".join(f"{title}: {value}" for title, value in evaluation.conditions)
     return "\n\n".join(part for part in ("## Results", table, legend, conditions and f"{conditions}.", plot) if part)
@@ -166,10 +166,13 @@ def _usage(source: DraftSource, repo_id: str) -> str:
     path = target if known else "PATH_OF_THE_TARGET"
     pinned_argument = f', revision="{revision}"' if revision else ""
     pinned_override = f" target.revision={revision}" if revision else ""
+    checked = ""
+    if getattr(source.config, "target_fingerprint", None):
+        checked = "  # refuses a target that it was not trained for"
     return (
         "## Use\n\n```python\nimport deepspec\nfrom deepspec.targets import load_target\n\n"
         f'target = load_target("{path}"{pinned_argument})\n'
-        f'draft = deepspec.load_draft("{repo_id}", target=target)  # refuses a target that it was not trained for\n'
+        f'draft = deepspec.load_draft("{repo_id}", target=target){checked}\n'
         "```\n\nMeasure it on your own prompts:\n\n```bash\n"
         f"accelerate launch eval.py checkpoint={repo_id} target.path={path}{pinned_override}\n```"
     )

@@ -136,8 +136,9 @@ def _explain_failure(error: Exception, folder: Path, options: PushOptions) -> st
         advice = (
             "the Hub cannot be reached: check the network, the proxy, HF_ENDPOINT and that HF_HUB_OFFLINE is not set"
         )
+    cause = str(error).strip().rstrip(".") or type(error).__name__
     return (
-        f"could not publish to {options.repo_id}: {str(error).strip() or type(error).__name__}. Most likely {advice}. "
+        f"could not publish to {options.repo_id}: {cause}. Most likely {advice}. "
         f"The folder is kept in {folder}; give the same command again, or send it with "
         f"`hf upload {options.repo_id} {folder}{' --private' if options.private else ''}`"
     )
