@@ -153,7 +153,8 @@ def _results(evaluation: Evaluation | None, with_plot: bool) -> str:
     legend = (
         "tau: tokens emitted per verification round, the target's own included. Verify rate: accepted + 1 over "
         "proposed + 1, summed over rounds. Speed-up: over plain decoding in the same engine on the same machine. "
-        "cond_accept@k: how often token k is accepted when those before it were. In parentheses: 95% bootstrap intervals over prompts."
+        "cond_accept@k: how often token k is accepted when those before it were. "
+        "In parentheses: 95% bootstrap intervals over prompts."
     )
     conditions = "; ".join(f"{title}: {value}" for title, value in evaluation.conditions)
     return "\n\n".join(part for part in ("## Results", table, legend, conditions and f"{conditions}.", plot) if part)
