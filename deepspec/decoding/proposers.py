@@ -55,7 +55,7 @@ class DSparkProposer:
         check_draft_fits(draft, target)
         self.draft = draft.eval()
         self.block_size = draft.block_size
-        self.layer_ids = draft.target_layer_ids
+        self.layer_ids: Sequence[int] = draft.target_layer_ids
         self._store: KeyValueStore | None = None
         self._columns = torch.arange(0)
 

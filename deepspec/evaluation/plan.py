@@ -1,0 +1,159 @@
+"""What an evaluation has to decode, and what its numbers depend on. Found out before any weight is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from deepspec.config import ConfigError, EvalRun
+from deepspec.data.jsonl import DataError
+from deepspec.drafts.configuration import DraftSettings
+from deepspec.drafts.loading import find_draft_folder, read_draft_config
+from deepspec.evaluation.records import digest_of
+from deepspec.evaluation.sets import Prompt, load_set
+from deepspec.files import sha256_of
+from deepspec.targets import load_target_config, load_tokenizer, resolve_path
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive prompts of a set, decoded together at one temperature."""
+
+    set_name: str
+    temperature: float
+    prompts: Sequence[Prompt]
+
+    @property
+    def key(self) -> tuple[str, float, int, str]:
+        """As of its `Record`."""
+        digest = digest_of([prompt.ids for prompt in self.prompts])
+        return (self.set_name, self.temperature, self.prompts[0].index, digest)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked evaluation."""
+
+    draft_folder: Path
+    draft_config: PreTrainedConfig
+    draft_settings: DraftSettings
+    draft_weights: dict[str, str]  # file -> sha256
+    tokenizer: PreTrainedTokenizerBase
+    prompts: dict[str, list[Prompt]]
+    chunks: list[Chunk]
+    stop_token_ids: tuple[int, ...]
+    positions: int  # of the target
+    max_length: int  # positions per slot
+    settings_digest: str  # of all that outputs and speeds depend on, except prompts and temperature
+
+
+def make_plan(config: EvalRun) -> Plan:
+    """Read the draft's config, the tokenizer and the prompt sets.
+
+    Raises:
+        ConfigError: an unknown set, no set at all, or prompts that do not fit `decode.max_length`.
+        DataError: a damaged set, or a prompt that does not fit the target.
+        FileNotFoundError: no such draft or target.
+    """
+    if not config.eval.sets:
+        raise ConfigError("eval.sets=[]: name at least one prompt set")
+    if not config.eval.temperatures:
+        raise ConfigError("eval.temperatures=[]: name at least one temperature")
+    target, options = config.target, config.data
+    positions = load_target_config(target.path, target.revision).max_position_embeddings
+    tokenizer = load_tokenizer(target.path, revision=target.revision, chat_template=options.chat_template)
+    folder = find_draft_folder(config.checkpoint)
+    draft_config = read_draft_config(folder)
+    settings = DraftSettings.of(draft_config)
+    prompts = {
+        name: load_set(
+            name,
+            config.eval.prompts_dir,
+            tokenizer,
+            limit=config.eval.limit,
+            template_options=options.template_options,
+        )
+        for name in dict.fromkeys(config.eval.sets)
+    }
+    for prompt in (prompt for of_set in prompts.values() for prompt in of_set):
+        if len(prompt.ids) >= positions:
+            raise DataError(
+                f"{prompt.place}: the prompt has {len(prompt.ids)} tokens, and target {target.path} reads at most "
+                f"{positions} with room for an answer; shorten or remove it"
+            )
+    size = config.decode.batch_size
+    chunks = [
+        Chunk(name, temperature, of_set[start : start + size])
+        for temperature in dict.fromkeys(config.eval.temperatures)
+        for name, of_set in prompts.items()
+        for start in range(0, len(of_set), size)
+    ]
+    weights = {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
+    stops = stop_tokens(target.path, target.revision, tokenizer)
+    return Plan(
+        folder,
+        draft_config,
+        settings,
+        weights,
+        tokenizer,
+        prompts,
+        chunks,
+        stops,
+        positions,
+        _slot_length(config, prompts, positions, settings.block_size),
+        digest_of([weights, target_identity(config), target.dtype, _decoding_settings(config), config.seed, stops]),
+    )
+
+
+def new_tokens(prompt: Prompt, max_new_tokens: int, positions: int) -> int:
+    """How many tokens may follow a prompt: `max_new_tokens`, or fewer where the target's positions end before."""
+    return min(max_new_tokens, positions - len(prompt.ids))
+
+
+def _slot_length(config: EvalRun, prompts: dict[str, list[Prompt]], positions: int, block_size: int) -> int:
+    listed = [prompt for of_set in prompts.values() for prompt in of_set]
+    budget = config.decode.max_new_tokens
+    longest = max(listed, key=lambda prompt: len(prompt.ids) + new_tokens(prompt, budget, positions))
+    needed = len(longest.ids) + new_tokens(longest, budget, positions) + block_size
+    given = config.decode.max_length
+    if given is not None and given < needed:
+        raise ConfigError(
+            f"decode.max_length={given}: {longest.place} with its {len(longest.ids)} tokens, "
+            f"decode.max_new_tokens={budget} and a block of {block_size} needs {needed}; raise it, or set null"
+        )
+    return given or needed
+
+
+def _decoding_settings(config: EvalRun) -> dict[str, Any]:
+    return {name: value for name, value in asdict(config.decode).items() if name != "max_length"}
+
+
+def stop_tokens(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """End-of-turn tokens: the tokenizer's and those of the target's generation config, if it has one."""
+    found = {tokenizer.eos_token_id}
+    try:
+        listed = GenerationConfig.from_pretrained(resolve_path(path), revision=revision or "main").eos_token_id
+    except OSError:
+        listed = None
+    found |= set(listed) if isinstance(listed, list) else {listed}
+    return tuple(sorted(token for token in found if token is not None))
+
+
+def target_identity(config: EvalRun) -> list[Any]:
+    """Tells targets apart without reading all of them: sizes, beginnings and ends of a local folder's weight files."""
+    folder = Path(resolve_path(config.target.path))
+    identity: list[Any] = [config.target.path, config.target.revision]
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        with file.open("rb") as content:
+            digest = hashlib.sha256(content.read(MEBIBYTE))
+            content.seek(max(0, file.stat().st_size - MEBIBYTE))
+            digest.update(content.read())
+        identity.append([file.name, file.stat().st_size, digest.hexdigest()])
+    return identity

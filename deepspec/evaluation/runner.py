@@ -1,0 +1,232 @@
+"""Measure a draft: decode prompt sets with it and, interleaved, without it (DSpark section 5).
+
+Chunks of prompts are dealt out to the ranks; each chunk is decoded both ways, one after the other, so that whatever
+slows the machine slows both and the speed-up is a ratio of pairs. Which way goes first alternates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from rich.console import Console
+
+from deepspec.config import EvalRun, flatten
+from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+from deepspec.drafts import load_draft
+from deepspec.evaluation.environment import command_line, machine, versions
+from deepspec.evaluation.plan import Chunk, Plan, make_plan, new_tokens
+from deepspec.evaluation.progress import EvaluationProgress
+from deepspec.evaluation.records import Decoding, Key, Record, RecordStore
+from deepspec.evaluation.sets import Prompt
+from deepspec.evaluation.summary import print_table, results_of, samples_of, write_results
+from deepspec.targets import load_target
+
+WARM_UP_TOKENS = 8
+
+
+def evaluate(config: EvalRun) -> dict[str, Any]:
+    """Decode what is not decoded yet, then write OUTPUT/metrics.json, samples.jsonl and rounds.jsonl (rank 0).
+
+    Returns:
+        The content of metrics.json, on every rank: `draft`, `target`, `settings`, `versions`, `machine`, `command` and
+        `results`, one entry per temperature (see `deepspec.evaluation.summary.results_of`).
+
+    Raises:
+        ConfigError, DataError, FileNotFoundError, ValueError: see `make_plan`, `load_target` and `load_draft`.
+        SystemExit: interrupted from the keyboard; finished chunks are kept.
+    """
+    state = start_ranks()
+    with state.local_main_process_first():
+        plan = make_plan(config)
+    store = RecordStore(config.output_dir, plan.settings_digest, state.process_index)
+    console = Console(file=sys.stdout, quiet=not state.is_main_process)
+    wanted = [chunk.key for chunk in plan.chunks]
+    found = _known_records(store, wanted, config.eval.baseline, console)
+    pending = [chunk for chunk in plan.chunks if chunk.key not in found]
+    mine = pending[state.process_index :: state.num_processes]
+    made: list[Record] = []
+    if mine:
+        try:
+            made = _decode(config, plan, mine, store, state)
+        except KeyboardInterrupt:
+            console.print(
+                f"interrupted; finished prompts are kept in {config.output_dir}: run the command again to go on"
+            )
+            raise SystemExit(130) from None
+    everything = found | {record.key: record for record in gather_object(made)}
+    records = [everything[key] for key in wanted]
+    metrics = _metrics(config, plan, records)
+    if state.is_main_process:
+        store.consolidate(records)
+        decode = plan.tokenizer.decode
+        samples = samples_of(records, plan.prompts, lambda ids: decode(ids, skip_special_tokens=True))
+        write_results(config.output_dir, metrics, samples)
+        if not pending:
+            console.print(f"all prompts were decoded before: results from {config.output_dir}", soft_wrap=True)
+        print_table(metrics, console)
+    elif store.part.exists():
+        store.part.unlink()
+    state.wait_for_everyone()
+    return metrics
+
+
+def start_ranks() -> PartialState:
+    """This process among those that were launched: `accelerate launch` on GPUs or CPUs, or a single one.
+
+    Raises:
+        RuntimeError: the launcher and the process group disagree on the number of ranks.
+    """
+    forced = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    use_cpu = forced or not torch.accelerator.is_available()
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    state = PartialState(cpu=use_cpu, **({"backend": "gloo"} if use_cpu and launched > 1 else {}))
+    if state.num_processes != launched:
+        raise RuntimeError(
+            f"the launcher started {launched} ranks, but this one sees {state.num_processes}; "
+            "launch with one of configs/accelerate/*.yaml"
+        )
+    return state
+
+
+def _known_records(store: RecordStore, wanted: Sequence[Key], baseline: bool, console: Console) -> dict[Key, Record]:
+    """Usable records of earlier runs, from the files of all ranks."""
+    local, outdated = store.read()
+    if outdated:
+        console.print(
+            f"{store.folder}: {outdated} chunks were decoded under other settings and are decoded again", soft_wrap=True
+        )
+    keys = set(wanted)
+    usable = [r for r in local.values() if r.key in keys and (r.plain is not None or not baseline)]
+    return {record.key: record for record in gather_object(usable)}
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """Both ways of decoding a chunk."""
+
+    config: EvalRun
+    plan: Plan
+    speculative: SpeculativeEngine
+    plain: SpeculativeEngine | None
+
+    def decode(self, chunk: Chunk, *, plain_first: bool) -> Record:
+        plain = self._timed(self.plain, chunk) if self.plain and plain_first else None
+        speculative = self._timed(self.speculative, chunk)
+        if self.plain and not plain_first:
+            plain = self._timed(self.plain, chunk)
+        return Record(*chunk.key, speculative=speculative, plain=plain)
+
+    def warm_up(self, chunk: Chunk) -> None:
+        """Decode a few tokens, so that no chunk pays for first-time allocations."""
+        for engine in filter(None, (self.speculative, self.plain)):
+            engine.generate(self._requests(chunk, WARM_UP_TOKENS))
+
+    def _timed(self, engine: SpeculativeEngine, chunk: Chunk) -> Decoding:
+        requests = self._requests(chunk, self.config.decode.max_new_tokens)
+        started = time.perf_counter()
+        completions = engine.generate(requests)
+        return Decoding(time.perf_counter() - started, completions)
+
+    def _requests(self, chunk: Chunk, max_new_tokens: int) -> list[Request]:
+        decode = self.config.decode
+        return [
+            Request(
+                prompt_ids=prompt.ids,
+                max_new_tokens=new_tokens(prompt, min(max_new_tokens, decode.max_new_tokens), self.plan.positions),
+                temperature=chunk.temperature,
+                top_k=decode.top_k,
+                top_p=decode.top_p,
+                seed=request_seed(self.config.seed, chunk.set_name, prompt),
+                stop_token_ids=self.plan.stop_token_ids,
+            )
+            for prompt in chunk.prompts
+        ]
+
+
+def request_seed(seed: int, set_name: str, prompt: Prompt) -> int:
+    """A stream of its own for each prompt, whatever rank and batch it is in."""
+    digest = hashlib.sha256(f"{seed}/{set_name}/{prompt.index}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _decode(config: EvalRun, plan: Plan, chunks: list[Chunk], store: RecordStore, state: PartialState) -> list[Record]:
+    """Decode this rank's chunks; each is on disk before the next begins."""
+    decoder = _load(config, plan, state.device)
+    decoder.warm_up(chunks[0])
+    made = []
+    prompts = sum(len(chunk.prompts) for chunk in chunks)
+    with EvaluationProgress(prompts, is_main=state.is_main_process) as progress:
+        on_ranks = f", on each of {state.num_processes} ranks" if state.num_processes > 1 else ""
+        progress.say(f"decoding {prompts} prompts{on_ranks}, {state.device}; interrupt and go on at any time")
+        for number, chunk in enumerate(chunks):
+            record = decoder.decode(chunk, plain_first=number % 2 == 1)
+            store.append(record)
+            made.append(record)
+            progress.finished(record)
+    return made
+
+
+def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
+    dtype = getattr(torch, config.target.dtype)
+    target = load_target(config.target.path, revision=config.target.revision, dtype=dtype, device=device)
+    draft = load_draft(plan.draft_folder, dtype=dtype, device=device, target=target)
+    speculative = SpeculativeEngine(
+        target,
+        DSparkProposer(draft, target),
+        slots=config.decode.batch_size,
+        max_length=plan.max_length,
+        confidence_threshold=config.decode.confidence_threshold,
+        verification=config.decode.verification,
+    )
+    plain = None
+    if config.eval.baseline:
+        plain = SpeculativeEngine(target, slots=config.decode.batch_size, max_length=plan.max_length)
+    return _Decoder(config, plan, speculative, plain)
+
+
+def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
+    results = results_of(
+        records,
+        sets=list(plan.prompts),
+        temperatures=list(dict.fromkeys(config.eval.temperatures)),
+        block_size=plan.draft_settings.block_size,
+        baseline=config.eval.baseline,
+        bootstrap_samples=config.eval.bootstrap_samples,
+        seed=config.seed,
+    )
+    checkpoint = Path(config.checkpoint)
+    draft = {
+        "checkpoint": config.checkpoint,
+        "folder": str(plan.draft_folder),
+        "name": checkpoint.resolve().name if checkpoint.exists() else config.checkpoint,
+        "algorithm": plan.draft_settings.algorithm,
+        "block_size": plan.draft_settings.block_size,
+        "weights": plan.draft_weights,
+        "config": asdict(plan.draft_settings),
+    }
+    target = {
+        "path": config.target.path,
+        "revision": config.target.revision,
+        "dtype": config.target.dtype,
+        "fingerprint": getattr(plan.draft_config, "target_fingerprint", None),
+    }
+    return {
+        "draft": draft,
+        "target": target,
+        "results": results,
+        "settings": flatten(config),
+        "settings_digest": plan.settings_digest,
+        "machine": machine(),
+        "versions": versions(),
+        "command": command_line(),
+    }
