@@ -13,13 +13,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deepspec.evaluation.records import Record
 
 SECONDS_BETWEEN_LINES = 10.0
+WIDTH_OF_FILES = 120
+
+
+def make_console(*, is_main: bool) -> Console:
+    """Standard output; silent except on rank 0, and wide enough for a table where it is no terminal."""
+    console = Console(file=sys.stdout, quiet=not is_main)
+    return console if console.is_terminal else Console(file=sys.stdout, quiet=not is_main, width=WIDTH_OF_FILES)
 
 
 class EvaluationProgress:
     """Prompts done on this rank, and tau so far of the set that is being decoded."""
 
     def __init__(self, prompts: int, *, is_main: bool):
-        self._console = Console(file=sys.stdout, quiet=not is_main)
+        self._console = make_console(is_main=is_main)
         self._total = prompts
         self._done = 0
         self._emitted: dict[tuple[str, float], int] = defaultdict(int)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,7 @@ from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
 from deepspec.drafts import load_draft
 from deepspec.evaluation.environment import command_line, machine, versions
 from deepspec.evaluation.plan import Chunk, Plan, make_plan, new_tokens
-from deepspec.evaluation.progress import EvaluationProgress
+from deepspec.evaluation.progress import EvaluationProgress, make_console
 from deepspec.evaluation.records import Decoding, Key, Record, RecordStore
 from deepspec.evaluation.sets import Prompt
 from deepspec.evaluation.summary import print_table, results_of, samples_of, write_results
@@ -49,7 +48,7 @@ def evaluate(config: EvalRun) -> dict[str, Any]:
     with state.local_main_process_first():
         plan = make_plan(config)
     store = RecordStore(config.output_dir, plan.settings_digest, state.process_index)
-    console = Console(file=sys.stdout, quiet=not state.is_main_process)
+    console = make_console(is_main=state.is_main_process)
     wanted = [chunk.key for chunk in plan.chunks]
     found = _known_records(store, wanted, config.eval.baseline, console)
     pending = [chunk for chunk in plan.chunks if chunk.key not in found]
@@ -60,7 +59,8 @@ def evaluate(config: EvalRun) -> dict[str, Any]:
             made = _decode(config, plan, mine, store, state)
         except KeyboardInterrupt:
             console.print(
-                f"interrupted; finished prompts are kept in {config.output_dir}: run the command again to go on"
+                f"interrupted; finished prompts are kept in {config.output_dir}: run the command again to go on",
+                soft_wrap=True,
             )
             raise SystemExit(130) from None
     everything = found | {record.key: record for record in gather_object(made)}
@@ -212,7 +212,7 @@ def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record]) -> dict[str
         "algorithm": plan.draft_settings.algorithm,
         "block_size": plan.draft_settings.block_size,
         "weights": plan.draft_weights,
-        "config": asdict(plan.draft_settings),
+        "config": {**asdict(plan.draft_settings), "target_layer_ids": list(plan.draft_settings.target_layer_ids)},
     }
     target = {
         "path": config.target.path,

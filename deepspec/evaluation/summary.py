@@ -160,7 +160,7 @@ def print_table(metrics: Mapping[str, Any], console: Console) -> None:
     draft = metrics["draft"]
     table = Table(title=f"{draft['name']} ({draft['algorithm']}, {draft['block_size']} tokens per round)")
     for column in (
-        "temperature",
+        "temp.",
         "set",
         "prompts",
         "tau (95% interval)",

@@ -1,0 +1,205 @@
+"""A whole evaluation with a tiny target and draft: results, resume, ranks, mistakes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_target_config
+from transformers import Qwen3ForCausalLM
+
+from deepspec.config import ConfigError, DataConfig, DecodeConfig, EvalConfig, EvalRun, TargetConfig
+from deepspec.data.jsonl import DataError
+from deepspec.data.tokenizer import train_tokenizer
+from deepspec.decoding import Completion, Request, SpeculativeEngine
+from deepspec.drafts import DSparkModel
+from deepspec.evaluation import evaluate, runner
+from deepspec.targets import load_target
+
+PROMPTS = {"math": ["two plus two", "two", "What is two?"], "chat": ["What?", "plus is plus"]}
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_draft: Callable[..., DSparkModel]) -> EvalRun:
+    """An evaluation of a random draft on two sets at two temperatures; the draft proposes 3 tokens a round."""
+    tokenizer = train_tokenizer(["What is two plus two?"], vocab_size=280)
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(tiny_target_config(vocab_size=len(tokenizer), max_position_embeddings=96))
+    model.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    target = load_target(str(tmp_path / "target"))
+    draft = tiny_draft(
+        target_changes={"vocab_size": len(tokenizer)}, block_size=3, mask_token_id=tokenizer.mask_token_id
+    )
+    draft.tie_to_target(target)
+    draft.save_pretrained(tmp_path / "draft")
+    (tmp_path / "prompts").mkdir()
+    for name, texts in PROMPTS.items():
+        lines = [json.dumps({"turns": [text]}) for text in texts]
+        (tmp_path / "prompts" / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return EvalRun(
+        checkpoint=str(tmp_path / "draft"),
+        target=TargetConfig(path=str(tmp_path / "target")),
+        data=DataConfig(),
+        decode=DecodeConfig(max_new_tokens=12, batch_size=2),
+        eval=EvalConfig(
+            sets=["math", "chat"],
+            prompts_dir=str(tmp_path / "prompts"),
+            temperatures=[1.0, 0.0],
+            bootstrap_samples=50,
+        ),
+        output_dir=str(tmp_path / "out"),
+    )
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the batches that engines decode while the test runs, warm-up left out."""
+    sizes: list[int] = []
+    original = SpeculativeEngine.generate
+
+    def generate(self: SpeculativeEngine, requests: list[Request], **options: Any) -> list[Completion]:
+        if requests[0].max_new_tokens != runner.WARM_UP_TOKENS:
+            sizes.append(len(requests))
+        return original(self, requests, **options)
+
+    monkeypatch.setattr(SpeculativeEngine, "generate", generate)
+    return sizes
+
+
+def test_results_are_complete_and_consistent(config: EvalRun) -> None:
+    metrics = evaluate(config)
+    out = Path(config.output_dir)
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert [result["temperature"] for result in metrics["results"]] == [1.0, 0.0]
+    hot, greedy = metrics["results"]
+    assert list(hot["sets"]) == ["math", "chat"]
+    math = hot["sets"]["math"]
+    assert math["prompts"] == 3
+    assert 1 <= math["tau"]["low"] <= math["tau"]["value"] <= math["tau"]["high"] <= 4
+    assert math["output_tokens"] == round(math["tau"]["value"] * math["rounds"]) + 3  # 3 tokens came from prefill
+    assert len(math["cond_accept"]) == len(math["survival"]) == 3
+    assert math["cond_accept"][0] == math["survival"][0]
+    assert math["speedup"]["value"] == pytest.approx(
+        math["speculative_tokens_per_second"] / math["plain_tokens_per_second"]
+    )
+    assert math["reliability"]["slots"] > 0
+    assert math["identical_to_plain"] is None
+    assert [values["identical_to_plain"] for values in greedy["sets"].values()] == [1.0, 1.0]
+    taus = [values["tau"]["value"] for values in hot["sets"].values()]
+    assert hot["macro"]["tau"]["value"] == pytest.approx(sum(taus) / 2)
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 2 * 5
+    assert {row["prompt"] for row in samples} == {text for texts in PROMPTS.values() for text in texts}
+    assert not list(out.glob("rounds-rank*"))
+
+
+def test_a_finished_evaluation_decodes_nothing(config: EvalRun, decoded: list[int]) -> None:
+    first = evaluate(config)
+    assert sorted(decoded) == [1] * 4 + [2] * 8
+    decoded.clear()
+    assert evaluate(config)["results"] == first["results"]
+    assert decoded == []
+
+
+def test_an_interrupted_evaluation_goes_on(
+    config: EvalRun, decoded: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference = evaluate(dataclass_with(config, output_dir=config.output_dir + "_whole"))
+    decode, finished = runner._Decoder.decode, []
+
+    def stop_after_three(self: Any, chunk: Any, **options: Any) -> Any:
+        if len(finished) == 3:
+            raise KeyboardInterrupt
+        finished.append(chunk)
+        return decode(self, chunk, **options)
+
+    monkeypatch.setattr(runner._Decoder, "decode", stop_after_three)
+    with pytest.raises(SystemExit):
+        evaluate(config)
+    assert "run the command again" in capsys.readouterr().out
+    part = Path(config.output_dir) / "rounds-rank0.jsonl"
+    with part.open("a") as file:
+        file.write('{"settings": "torn')
+    monkeypatch.setattr(runner._Decoder, "decode", decode)
+    decoded.clear()
+    resumed = evaluate(config)
+    assert len(decoded) == 2 * (6 - 3)
+    for ours, theirs in zip(resumed["results"], reference["results"], strict=True):
+        for name in PROMPTS:
+            for key in ("tau", "cond_accept", "output_tokens", "reliability"):
+                assert ours["sets"][name][key] == theirs["sets"][name][key]
+
+
+def dataclass_with(config: EvalRun, **changes: Any) -> EvalRun:
+    copied = deepcopy(config)
+    for name, value in changes.items():
+        setattr(copied, name, value)
+    return copied
+
+
+@pytest.mark.parametrize("change", ["seed", "top_k", "weights"])
+def test_other_settings_start_over(
+    config: EvalRun, decoded: list[int], capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    config.eval.temperatures = [1.0]
+    evaluate(config)
+    decoded.clear()
+    if change == "seed":
+        config.seed = 1
+    elif change == "top_k":
+        config.decode.top_k = 5
+    else:
+        model = Qwen3ForCausalLM.from_pretrained(config.target.path)
+        with torch.no_grad():
+            model.model.norm.weight.mul_(1.1)
+        model.save_pretrained(config.target.path)
+    evaluate(config)
+    assert len(decoded) == 6
+    assert "3 chunks were decoded under other settings" in capsys.readouterr().out
+
+
+def test_another_set_keeps_what_is_there(config: EvalRun, decoded: list[int]) -> None:
+    config.eval.temperatures, config.eval.sets = [1.0], ["math"]
+    before = evaluate(config)
+    decoded.clear()
+    config.eval.sets = ["chat", "math"]
+    after = evaluate(config)
+    assert decoded == [2, 2]
+    assert after["results"][0]["sets"]["math"]["rounds"] == before["results"][0]["sets"]["math"]["rounds"]
+
+
+def test_outputs_do_not_depend_on_the_batch(config: EvalRun) -> None:
+    config.eval.temperatures, config.eval.baseline = [1.0], False
+    together = evaluate(config)
+    assert together["results"][0]["sets"]["math"]["speedup"] is None
+    config.decode.batch_size = 1
+    alone = evaluate(config)
+    for name in PROMPTS:
+        assert alone["results"][0]["sets"][name]["cond_accept"] == together["results"][0]["sets"][name]["cond_accept"]
+
+
+def test_generation_ends_with_the_targets_positions(config: EvalRun) -> None:
+    config.eval.temperatures, config.eval.sets, config.decode.max_new_tokens = [1.0], ["chat"], 5000
+    evaluate(config)
+    rows = [json.loads(line) for line in (Path(config.output_dir) / "rounds.jsonl").read_text().splitlines()]
+    lengths = [len(completion["output_ids"]) for row in rows for completion in row["plain"]["completions"]]
+    assert max(lengths) <= 96
+
+
+def test_what_cannot_work_is_refused_before_weights_are_read(
+    config: EvalRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(runner, "load_target", lambda *a, **k: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError, match=r"decode\.max_length=20: .*line \d.*needs \d+"):
+        evaluate(dataclass_with(config, decode=DecodeConfig(max_new_tokens=12, max_length=20)))
+    with pytest.raises(ConfigError, match=r"eval\.sets=\[\]"):
+        evaluate(dataclass_with(config, eval=EvalConfig()))
+    (tmp_path / "prompts" / "math.jsonl").write_text(json.dumps({"turns": ["two " * 200]}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"math\.jsonl, line 1: the prompt has \d+ tokens.*at most 96"):
+        evaluate(config)
