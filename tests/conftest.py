@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,18 @@ def tiny_batch() -> TinyBatch:
         anchor_positions=torch.tensor([[3, 7, 12, 20], [4, 5, 18, 22], [3, 11, 0, 0]]),
         block_mask=torch.tensor([[True] * 4, [True] * 4, [True, True, False, False]]),
     )
+
+
+@pytest.fixture(scope="session")
+def training_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny target, tokenizer and corpus to train on."""
+    from training_world import build_world
+
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def in_temporary_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Relative paths (outputs/, the cache of tokenized data) land where they are thrown away."""
+    with contextlib.chdir(tmp_path_factory.getbasetemp()):
+        yield

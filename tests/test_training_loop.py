@@ -1,0 +1,147 @@
+"""The training loop in one process: what a step computes, what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from training_world import changed, draft_weights, tiny_run
+
+import deepspec
+from deepspec.checkpoints import list_checkpoints, verify_checkpoint
+from deepspec.config import ConfigError, WandbConfig
+from deepspec.targets import load_target
+from deepspec.training import train
+from deepspec.training.log import read_metrics
+
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
+TIMINGS = {"tokens_per_second", "step_seconds", "peak_memory_gib"}
+
+
+@pytest.fixture(scope="module")
+def finished(training_world, in_temporary_folder, tmp_path_factory):
+    """A finished run and its result."""
+    config = tiny_run(training_world, tmp_path_factory.mktemp("run") / "out")
+    return config, train(config)
+
+
+def test_run_folder(finished, training_world):
+    config, result = finished
+    assert (result.status, result.step) == ("finished", 6)
+    assert [folder.name for folder in list_checkpoints(config.output_dir)] == ["step-00000004", "step-00000006"]
+    state = verify_checkpoint(result.checkpoint)
+    assert (state["step"], state["steps"], state["world_size"], state["distributed_type"]) == (6, 6, 1, "NO")
+    assert sorted(state["files"]) == [
+        "draft/config.json",
+        "draft/model.safetensors",
+        "state/optimizer.bin",
+        "state/random_states_0.pkl",
+    ]
+    written = yaml.safe_load((result.checkpoint.parents[1] / "config.yaml").read_text())
+    assert written["train"]["lr"] == 3e-3
+    assert written["target"]["path"] == config.target.path
+
+
+def test_result_loads_from_the_run_folder(finished, training_world):
+    config, _ = finished
+    target = load_target(config.target.path)
+    draft = deepspec.load_draft(config.output_dir, target=target)
+    assert torch.equal(draft.lm_head.weight, target.head_weight)
+    assert torch.equal(draft.embed_tokens.weight, target.embedding_weight)
+    assert draft.markov_head.markov_w2.weight.abs().max() > 0  # starts at 0, so it was trained
+
+
+def test_metrics_rows(finished):
+    config, result = finished
+    rows = read_metrics(config.output_dir)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    names = {"loss", "ce", "tv", "confidence_loss", "tau", "lr", "grad_norm", "epoch", *TIMINGS}
+    names |= {f"accept_rate@{k}" for k in (1, 2, 3, 4)}
+    for row in rows:
+        assert names <= row.keys()
+        expected = 0.1 * row["ce"] + 0.9 * row["tv"] + row["confidence_loss"]
+        assert math.isclose(row["loss"], expected, rel_tol=1e-5)
+        assert ("eval/tau" in row) == (row["step"] % 3 == 0)
+        assert all(row[name] > 0 for name in TIMINGS)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["eval/loss"] < rows[2]["eval/loss"]
+    assert [row["lr"] for row in rows[:2]] == [1.5e-3, 3e-3]
+    assert result.metrics["loss"] == rows[-1]["loss"]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_result_does_not_depend_on_the_split(finished, training_world, tmp_path, micro_batch_size):
+    config, result = finished
+    other = train(tiny_run(training_world, tmp_path, micro_batch_size=micro_batch_size))
+    for ours, theirs in zip(read_metrics(config.output_dir), read_metrics(tmp_path), strict=True):
+        for name in ours.keys() - TIMINGS:
+            assert math.isclose(ours[name], theirs[name], rel_tol=2e-5, abs_tol=1e-6), (name, ours, theirs)
+    ours, theirs = deepspec.load_draft(result.checkpoint), deepspec.load_draft(other.checkpoint)
+    for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6, rtol=0), name
+
+
+def test_second_run_in_the_same_process(finished, training_world, tmp_path):
+    """As `--multirun` does; equal settings give equal bytes, another seed gives others."""
+    _, result = finished
+    again = train(tiny_run(training_world, tmp_path / "again"))
+    assert draft_weights(again.checkpoint) == draft_weights(result.checkpoint)
+    config = tiny_run(training_world, tmp_path / "seed", draft={"markov_rank": 0, "confidence_head_with_markov": False})
+    config.seed = 1
+    other = train(config)
+    assert draft_weights(other.checkpoint) != draft_weights(result.checkpoint)
+
+
+def test_finished_run_is_left_alone(finished, capsys):
+    config, result = finished
+    before = draft_weights(result.checkpoint)
+    again = train(config)
+    assert (again.status, again.step, again.checkpoint) == ("already finished", 6, result.checkpoint)
+    assert "already finished at step 6" in capsys.readouterr().out
+    assert draft_weights(result.checkpoint) == before
+
+
+def test_dflash_reads_no_target_logits_unless_logged(training_world, tmp_path):
+    dflash = {"algorithm": "dflash", "markov_rank": 0, "confidence_head": False, "confidence_head_with_markov": False}
+    config = tiny_run(training_world, tmp_path, draft=dflash, steps=2)
+    config.train.loss.ce, config.train.loss.tv, config.train.loss.confidence = 1.0, 0.0, 0.0
+    result = train(changed(config, logging={"log_steps": 2}))
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [2]
+    assert math.isclose(rows[0]["loss"], rows[0]["ce"], rel_tol=1e-6)
+    assert deepspec.load_draft(result.checkpoint).algorithm == "dflash"
+
+
+def test_bf16_keeps_float32_weights(training_world, tmp_path):
+    result = train(tiny_run(training_world, tmp_path, steps=1, mixed_precision="bf16", micro_batch_size=4))
+    draft = deepspec.load_draft(result.checkpoint)
+    assert {parameter.dtype for parameter in draft.parameters()} == {torch.float32}
+    assert math.isfinite(result.metrics["loss"])
+
+
+def test_batch_that_cannot_be_split(training_world, tmp_path):
+    with pytest.raises(ConfigError, match=r"global_batch_size=4: must be a multiple of train.micro_batch_size=3"):
+        train(tiny_run(training_world, tmp_path, micro_batch_size=3))
+
+
+def test_wandb_offline(training_world, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    config = changed(tiny_run(training_world, tmp_path / "out", steps=1), logging={"wandb": WandbConfig(mode="offline")})
+    train(config)
+    assert list((tmp_path / "out").rglob("offline-run-*")), "no offline run was written"
+
+
+def test_wandb_failure_does_not_stop_training(training_world, tmp_path, monkeypatch, caplog):
+    import accelerate
+
+    def broken(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(accelerate.Accelerator, "init_trackers", broken)
+    config = changed(tiny_run(training_world, tmp_path, steps=1), logging={"wandb": WandbConfig(mode="online")})
+    assert train(config).status == "finished"
+    assert "wandb stopped working and is off for the rest of this run: no route to host" in caplog.text
+    assert len(json.loads((tmp_path / "metrics.jsonl").read_text())) > 5

@@ -1,0 +1,118 @@
+"""A tiny target, tokenizer and corpus on disk, and runs on them; also for the processes that tests start and kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from deepspec.config import DataConfig, DraftConfig, LoggingConfig, TargetConfig, TrainConfig, TrainRun
+from deepspec.data.tokenizer import train_tokenizer
+
+
+def build_world(root: Path) -> Path:
+    """Writes target/, train.jsonl (20 rows) and eval.jsonl (4 rows)."""
+    rows = [
+        {
+            "id": f"row{i}",
+            "messages": [
+                {"role": "user", "content": f"What is {i} + {i + 1}?"},
+                {"role": "assistant", "content": f"{i} + {i + 1} = {2 * i + 1}. " + "So it is. " * (i % 4)},
+            ],
+        }
+        for i in range(24)
+    ]
+    write_rows(root / "train.jsonl", rows[:20])
+    write_rows(root / "eval.jsonl", rows[20:])
+    texts = [message["content"] for row in rows for message in row["messages"]]
+    tokenizer = train_tokenizer(texts * 3, 280)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=280,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(root / "target")
+    tokenizer.save_pretrained(root / "target")
+    return root
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def tiny_run(world: Path, output_dir: Path | str, *, draft: dict | None = None, **train: Any) -> TrainRun:
+    """A run of 6 steps of 4 samples; `train` are keys of TrainConfig, `draft` of DraftConfig."""
+    defaults: dict[str, Any] = {
+        "steps": 6,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "num_anchors": 6,
+        "lr": 3e-3,
+        "warmup_ratio": 0.34,
+        "save_steps": 2,
+        "eval_steps": 3,
+    }
+    shape: dict[str, Any] = {"num_layers": 1, "block_size": 4, "target_layer_ids": [0, 1], "markov_rank": 8}
+    return TrainRun(
+        target=TargetConfig(path=str(world / "target")),
+        draft=DraftConfig(**(shape | (draft or {}))),
+        data=DataConfig(
+            train_files=[str(world / "train.jsonl")], eval_files=[str(world / "eval.jsonl")], max_length=64
+        ),
+        train=TrainConfig(**(defaults | train)),
+        logging=LoggingConfig(log_steps=1),
+        output_dir=str(output_dir),
+    )
+
+
+def changed(config: TrainRun, **sections: dict[str, Any]) -> TrainRun:
+    """A copy with `changed(config, data={"max_length": 32})`."""
+    return dataclasses.replace(
+        config, **{name: dataclasses.replace(getattr(config, name), **keys) for name, keys in sections.items()}
+    )
+
+
+def draft_weights(folder: Path | str) -> bytes:
+    """The weight file of a checkpoint, byte for byte."""
+    return (Path(folder) / "draft" / "model.safetensors").read_bytes()
+
+
+def train_in_child(config: TrainRun, folder: str, die_at: tuple[str, int] | None = None) -> None:
+    """Train in `folder`; with die_at=("fsync", 3) the process kills itself instead of its third call of os.fsync."""
+    from deepspec.training import train
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    if die_at is not None:
+        _die_at(*die_at)
+    train(config)
+
+
+def _die_at(function: str, call: int) -> None:
+    original, calls = getattr(os, function), 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(os, function, counted)
