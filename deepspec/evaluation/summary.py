@@ -42,7 +42,8 @@ def results_of(
     bootstrap_samples: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Per temperature: `sets` (name -> metrics of `set_metrics`) and `macro`, the mean over the sets."""
+    """Per temperature: `sets` (name -> metrics of `set_metrics`), `macro`, the mean over the sets, and `reliability` of
+    the confidences, pooled over the sets."""
     grouped: dict[tuple[str, float], list[Record]] = {(s, t): [] for t in temperatures for s in sets}
     for record in sorted(records, key=lambda record: record.start):
         grouped[record.set_name, record.temperature].append(record)
@@ -60,7 +61,9 @@ def results_of(
         }
         if baseline:
             macro["speedup"] = speedup_estimate([_pace(chunks) for chunks in of_sets.values()], resampler).as_dict()
-        results.append({"temperature": temperature, "macro": macro, "sets": metrics})
+        rounds = [r for chunks in of_sets.values() for completion in _completions(chunks) for r in completion.rounds]
+        pooled = reliability(rounds)
+        results.append({"temperature": temperature, "macro": macro, "sets": metrics, "reliability": pooled})
     return results
 
 
