@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -162,6 +166,41 @@ def test_other_settings_start_over(
     evaluate(config)
     assert len(decoded) == 6
     assert "3 chunks were decoded under other settings" in capsys.readouterr().out
+
+
+def test_two_ranks_share_the_prompts_and_agree(config: EvalRun, tmp_path: Path) -> None:
+    config.decode.batch_size, config.eval.temperatures = 1, [1.0]
+    alone = evaluate(dataclass_with(config, output_dir=config.output_dir + "_alone"))
+    (tmp_path / "run.pickle").write_bytes(pickle.dumps(config))
+    script = tmp_path / "both.py"
+    script.write_text(
+        "import pickle, sys\n"
+        "from deepspec.evaluation import evaluate, runner\n"
+        "decode = runner._decode\n"
+        "def shown(config, plan, chunks, store, state):\n"
+        "    print(f'rank {state.process_index} decodes {len(chunks)} chunks', flush=True)\n"
+        "    return decode(config, plan, chunks, store, state)\n"
+        "runner._decode = shown\n"
+        "evaluate(pickle.load(open(sys.argv[1], 'rb')))\n",
+        encoding="utf-8",
+    )
+    root = Path(__file__).resolve().parent.parent
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    finished = subprocess.run(
+        [*command, str(tmp_path / "run.pickle")], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "rank 0 decodes 3 chunks" in finished.stdout
+    assert "rank 1 decodes 2 chunks" in finished.stdout
+    assert finished.stdout.count("mean of sets") == 1
+    both = json.loads((Path(config.output_dir) / "metrics.json").read_text())
+    for name in PROMPTS:
+        ours, theirs = both["results"][0]["sets"][name], alone["results"][0]["sets"][name]
+        assert {key: ours[key] for key in ("prompts", "tau", "survival", "reliability")} == {
+            key: theirs[key] for key in ("prompts", "tau", "survival", "reliability")
+        }
+    assert not list(Path(config.output_dir).glob("rounds-rank*"))
 
 
 def test_another_set_keeps_what_is_there(config: EvalRun, decoded: list[int]) -> None:

@@ -112,20 +112,18 @@ def _tau_bars(
 
 def _tau_limits(axes: Axes, block_sizes: Sequence[int]) -> None:
     """Lines at plain decoding and at the most that a round can give."""
-    lines = {1.0: "plain decoding: 1"} | {float(g + 1): f"all {g} drafted tokens kept: {g + 1}" for g in block_sizes}
+    lines = {1.0: "plain\ndecoding"} | {float(g + 1): f"all {g}\naccepted" for g in block_sizes}
     for height, text in lines.items():
         axes.axhline(height, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=3 if height == 1 else 1)
         axes.annotate(
             text,
             (1.0, height),
             xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
+            xytext=(6, 0),
             textcoords="offset points",
-            ha="right",
+            va="center",
             fontsize=8.5,
             color=MUTED,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
-            zorder=4,
         )
     axes.set_ylim(0, (max(block_sizes) + 1) * 1.12)
 

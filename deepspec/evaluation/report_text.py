@@ -38,8 +38,8 @@ def report_text(inputs: ReportInputs, pictures: Mapping[str, str], command: str)
         "## Speed",
         *_speed(evaluations),
         "## Acceptance by position",
-        "`cond_accept@k`: how often drafted token k is accepted when all before it were. `survival@k`: how often tokens "
-        "1 to k are all accepted. Verify rate: sum(accepted + 1) / sum(proposed + 1).",
+        "`cond_accept@k`: how often drafted token k is accepted when all before it were. `survival@k`: how often "
+        "tokens 1 to k are all accepted. Verify rate: sum(accepted + 1) / sum(proposed + 1).",
         _acceptance(evaluations),
         _picture("acceptance.png", pictures),
     ]

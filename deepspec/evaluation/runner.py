@@ -74,8 +74,8 @@ def evaluate(config: EvalRun) -> dict[str, Any]:
         if not pending:
             console.print(f"all prompts were decoded before: results from {config.output_dir}", soft_wrap=True)
         print_table(metrics, console)
-    elif store.part.exists():
-        store.part.unlink()
+    else:
+        store.part.unlink(missing_ok=True)
     state.wait_for_everyone()
     return metrics
 
