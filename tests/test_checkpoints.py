@@ -21,7 +21,11 @@ from deepspec.checkpoints import (
 
 
 def write_files(folder):
-    for name, text in (("draft/config.json", "{}"), ("draft/model.safetensors", "weights"), ("state/optimizer.bin", "m v")):
+    for name, text in (
+        ("draft/config.json", "{}"),
+        ("draft/model.safetensors", "weights"),
+        ("state/optimizer.bin", "m v"),
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
 

@@ -67,7 +67,10 @@ def test_steps_are_the_same_after_a_resume_and_on_two_ranks():
 def test_anchors_change_with_the_epoch_the_seed_and_the_stream():
     base = anchor_seed(3, 1, 0, 5)
     assert base == anchor_seed(3, 1, 0, 5)
-    assert len({base, anchor_seed(4, 1, 0, 5), anchor_seed(3, 2, 0, 5), anchor_seed(3, 1, 1, 5), anchor_seed(3, 1, 0, 6)}) == 5
+    assert (
+        len({base, anchor_seed(4, 1, 0, 5), anchor_seed(3, 2, 0, 5), anchor_seed(3, 1, 1, 5), anchor_seed(3, 1, 0, 6)})
+        == 5
+    )
     whole = anchors_of(training_steps(Samples(), sampler(), MAKE, 0))
     by_sample = [[anchors for (_, index), anchors in whole.items() if index == wanted] for wanted in range(12)]
     assert any(first != second for first, second in by_sample)
@@ -87,9 +90,13 @@ def test_weight_sum_is_that_of_the_labels():
 def test_a_failing_loader_stops_training(num_workers):
     """No batch is quietly trained on again."""
     seen = []
-    with pytest.raises(OSError, match="sample 7 cannot be read"):
+
+    def read():
         for step in training_steps(Samples(broken=7), sampler(), MAKE, num_workers):
-            seen += [index for batch in step for index in batch.sample_index]
+            seen.extend(index for batch in step for index in batch.sample_index)
+
+    with pytest.raises(OSError, match="sample 7 cannot be read"):
+        read()
     assert len(seen) == len(set(seen))
     assert 7 not in seen
 

@@ -129,7 +129,9 @@ def test_batch_that_cannot_be_split(training_world, tmp_path):
 
 def test_wandb_offline(training_world, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    config = changed(tiny_run(training_world, tmp_path / "out", steps=1), logging={"wandb": WandbConfig(mode="offline")})
+    config = changed(
+        tiny_run(training_world, tmp_path / "out", steps=1), logging={"wandb": WandbConfig(mode="offline")}
+    )
     train(config)
     assert list((tmp_path / "out").rglob("offline-run-*")), "no offline run was written"
 

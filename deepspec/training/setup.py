@@ -54,7 +54,7 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     if checkpoint is None:
         draft = build_draft(draft_config, target, seed=config.seed)
     else:
-        draft = load_draft(checkpoint, dtype=torch.float32, target=target)
+        draft = _in_aligned_memory(load_draft(checkpoint, dtype=torch.float32, target=target))
     return Materials(
         draft=draft.train(),
         features=build_feature_source(config.features.source, target, DraftSettings.of(draft_config).target_layer_ids),
@@ -94,6 +94,14 @@ def draft_config_of(
         target_model_name_or_path=config.target.path,
         target_revision=config.target.revision,
     )
+
+
+def _in_aligned_memory(draft: DSparkModel) -> DSparkModel:
+    """Move the weights out of the mapped file: on CPUs the last bit of a matrix product depends on where its inputs lie,
+    and a resumed run is to repeat those of an uninterrupted one."""
+    for parameter in draft.parameters():
+        parameter.data = parameter.data.clone()
+    return draft
 
 
 def _dataset(config: TrainRun, files: list[str], tokenizer: PreTrainedTokenizerBase) -> ConversationDataset:

@@ -1,0 +1,193 @@
+"""Runs that are killed, stopped, damaged or changed, and what the same command then does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+from training_world import changed, draft_weights, tiny_run, train_in_child
+
+from deepspec.checkpoints import checkpoint_folder, list_checkpoints, newest_checkpoint
+from deepspec.config import ConfigError
+from deepspec.training import train
+from deepspec.training.interrupt import StopRequest
+from deepspec.training.log import read_metrics
+from deepspec.training.report import Reporter
+
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
+TIMINGS = {"tokens_per_second", "step_seconds", "peak_memory_gib"}
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts training processes quickly: a clean server imports everything once and forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspec.training.loop", "training_world"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(training_world, in_temporary_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    return train(tiny_run(training_world, folder))
+
+
+def copy_of(result, tmp_path):
+    """The finished run as it was at step 4: its newest checkpoint is gone."""
+    shutil.copytree(result.checkpoint.parents[1], tmp_path / "run")
+    shutil.rmtree(checkpoint_folder(tmp_path / "run", 6))
+    return tmp_path / "run"
+
+
+def without_timings(folder):
+    return [{name: row[name] for name in row.keys() - TIMINGS} for row in read_metrics(folder)]
+
+
+def assert_same_end(result, uninterrupted):
+    ours, theirs = result.checkpoint, uninterrupted.checkpoint
+    assert result.step == uninterrupted.step
+    assert draft_weights(ours) == draft_weights(theirs)
+    assert (ours / "state" / "optimizer.bin").read_bytes() == (theirs / "state" / "optimizer.bin").read_bytes()
+    assert without_timings(ours.parents[1]) == without_timings(theirs.parents[1])
+
+
+def test_killed_again_and_again(processes, training_world, tmp_path):
+    """kill -9 inside saving and at random moments; the run then ends with the same bytes as one that was left alone."""
+    config = tiny_run(training_world, tmp_path / "run", steps=20)
+    inside_saving = [("fsync", 5), ("replace", 2), ("fsync", 10), ("rename", 1), ("unlink", 2)]
+    for death in inside_saving:
+        assert exit_code(processes, config, tmp_path, death) == -signal.SIGKILL, death
+    assert newest_checkpoint(config.output_dir, subfolder="") == checkpoint_folder(config.output_dir, 8)
+    chance = random.Random(0)
+    killed = [exit_code(processes, config, tmp_path, chance.uniform(0, 0.1)) for _ in range(3)]
+    assert -signal.SIGKILL in killed
+    alone = train(tiny_run(training_world, tmp_path / "alone", steps=20))
+    assert_same_end(train(config), alone)
+    assert [folder.name for folder in list_checkpoints(config.output_dir)] == ["step-00000018", "step-00000020"]
+
+
+def exit_code(processes, config, folder, death):
+    """Train in a process that dies at a call (see `train_in_child`) or so many seconds after its first new metrics."""
+    at_call = death if isinstance(death, tuple) else None
+    process = processes.Process(target=train_in_child, args=(config, str(folder), at_call))
+    rows = len(read_metrics(config.output_dir))
+    process.start()
+    if at_call is None:
+        while process.is_alive() and len(read_metrics(config.output_dir)) <= rows:
+            time.sleep(0.01)
+        time.sleep(death)
+        process.kill()
+    process.join(120)
+    return process.exitcode
+
+
+def test_continues_with_another_split_and_other_free_settings(training_world, uninterrupted, tmp_path, capsys):
+    run = copy_of(uninterrupted, tmp_path)
+    config = tiny_run(training_world, run, micro_batch_size=4, keep_checkpoints=1)
+    result = train(changed(config, logging={"log_steps": 3}))
+    assert f"continuing from {checkpoint_folder(run, 4)}: 2 of 6 steps" in capsys.readouterr().out
+    assert result.metrics["loss"] == pytest.approx(uninterrupted.metrics["loss"], rel=1e-5)
+    assert [folder.name for folder in list_checkpoints(run)] == ["step-00000006"]
+
+
+def test_explicit_checkpoint(training_world, uninterrupted, tmp_path):
+    run = copy_of(uninterrupted, tmp_path)
+    named = str(checkpoint_folder(run, 4))
+    result = train(tiny_run(training_world, tmp_path / "elsewhere", resume=named))
+    assert draft_weights(result.checkpoint) == draft_weights(uninterrupted.checkpoint)
+    assert [row["step"] for row in read_metrics(tmp_path / "elsewhere")] == [5, 6]
+
+
+def test_explicit_checkpoint_that_is_no_folder(training_world, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"train.resume=latest: must be auto, never, or an existing checkpoint folder"
+    ):
+        train(tiny_run(training_world, tmp_path, resume="latest"))
+
+
+def test_damaged_newest_falls_back_and_ends_the_same(training_world, uninterrupted, tmp_path, caplog):
+    shutil.copytree(uninterrupted.checkpoint.parents[1], tmp_path / "run")
+    damaged = checkpoint_folder(tmp_path / "run", 6) / "draft" / "model.safetensors"
+    os.truncate(damaged, 1000)
+    result = train(tiny_run(training_world, tmp_path / "run"))
+    assert f"{damaged}: has 1000 bytes" in caplog.text
+    assert "falling back to the checkpoint before it" in caplog.text
+    assert_same_end(result, uninterrupted)
+
+
+def test_no_valid_checkpoint_starts_from_scratch(training_world, uninterrupted, tmp_path, caplog, capsys):
+    run = copy_of(uninterrupted, tmp_path)
+    (checkpoint_folder(run, 4) / "state" / "optimizer.bin").unlink()
+    result = train(tiny_run(training_world, run))
+    assert f"no checkpoint in {run} is valid: training starts from scratch" in caplog.text
+    assert "starting from scratch: 6 of 6 steps" in capsys.readouterr().out
+    assert_same_end(result, uninterrupted)
+
+
+def test_changed_settings_are_refused(training_world, uninterrupted, tmp_path):
+    run = copy_of(uninterrupted, tmp_path)
+    config = tiny_run(training_world, run, lr=1e-3, steps=8, draft={"block_size": 5})
+    config.seed = 4
+    with pytest.raises(ConfigError) as error:
+        train(config)
+    message = str(error.value)
+    for expected in (
+        f"{checkpoint_folder(run, 4)} was written by a run with other settings",
+        "train.lr: was 0.003, is now 0.001",
+        "train.steps: was 6, is now 8",
+        "draft.block_size: was 4, is now 5",
+        "seed: was 0, is now 4",
+        "train.resume=never output_dir=...",
+    ):
+        assert expected in message
+    assert message.count(": was ") == 4
+
+
+def test_changed_data_are_refused(training_world, uninterrupted, tmp_path):
+    run = copy_of(uninterrupted, tmp_path)
+    file = training_world / "train.jsonl"
+    original = file.read_text()
+    try:
+        file.write_text(original.replace("What is 3", "What is  3"))
+        with pytest.raises(ConfigError, match=rf"content of {file}: was "):
+            train(tiny_run(training_world, run))
+    finally:
+        file.write_text(original)
+
+
+def test_never_refuses_to_overwrite(training_world, uninterrupted):
+    run = uninterrupted.checkpoint.parents[1]
+    with pytest.raises(ConfigError, match=r"train.resume=never, but .* already holds checkpoints up to step-00000006"):
+        train(tiny_run(training_world, run, resume="never"))
+
+
+def test_sigterm_saves_and_the_same_command_continues(training_world, uninterrupted, tmp_path, monkeypatch):
+    step = Reporter.step
+
+    def terminate_at_step_3(self, done, loss, row):
+        step(self, done, loss, row)
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    config = tiny_run(training_world, tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(Reporter, "step", terminate_at_step_3)
+        result = train(config)
+    assert (result.status, result.step) == ("stopped", 3)
+    assert newest_checkpoint(tmp_path / "run") == result.checkpoint
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert_same_end(train(config), uninterrupted)
+
+
+def test_stop_request_restores_the_handler():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGTERM) == before
