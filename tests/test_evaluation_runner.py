@@ -136,7 +136,7 @@ def test_an_interrupted_evaluation_goes_on(
     assert len(decoded) == 2 * (6 - 3)
     for ours, theirs in zip(resumed["results"], reference["results"], strict=True):
         for name in PROMPTS:
-            for key in ("tau", "cond_accept", "output_tokens", "reliability"):
+            for key in ("tau", "cond_accept", "survival", "output_tokens", "rounds"):
                 assert ours["sets"][name][key] == theirs["sets"][name][key]
 
 
