@@ -82,7 +82,7 @@ class TrainConfig:
     lr: float = 6e-4  # peak learning rate of AdamW
     weight_decay: float = 0.0
     warmup_ratio: float = 0.04  # fraction of all steps
-    grad_clip: float = 1.0  # global gradient norm
+    grad_clip: float = 1.0  # global gradient norm; 0 = no clipping
     mixed_precision: str = "no"  # no or bf16 (weights and gradients stay float32)
     save_steps: int = 500  # optimizer steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept

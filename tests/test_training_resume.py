@@ -104,9 +104,7 @@ def test_explicit_checkpoint(training_world, uninterrupted, tmp_path):
 
 
 def test_explicit_checkpoint_that_is_no_folder(training_world, tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"train.resume=latest: must be auto, never, or an existing checkpoint folder"
-    ):
+    with pytest.raises(ConfigError, match=r"train.resume=latest: must be auto, never, or an existing"):
         train(tiny_run(training_world, tmp_path, resume="latest"))
 
 

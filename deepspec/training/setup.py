@@ -97,8 +97,8 @@ def draft_config_of(
 
 
 def _in_aligned_memory(draft: DSparkModel) -> DSparkModel:
-    """Move the weights out of the mapped file: on CPUs the last bit of a matrix product depends on where its inputs lie,
-    and a resumed run is to repeat those of an uninterrupted one."""
+    """Move the weights out of the mapped file. On CPUs the last bit of a matrix product depends on the alignment of its
+    inputs, and a resumed run has to repeat those of an uninterrupted one."""
     for parameter in draft.parameters():
         parameter.data = parameter.data.clone()
     return draft
