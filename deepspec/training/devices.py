@@ -107,8 +107,9 @@ def _deepspeed_plugin(train: TrainConfig, accumulation: int) -> DeepSpeedPlugin:
 
 
 def _quieten_libraries() -> None:
-    """Their bars and notes on loading and saving would break into the progress of training."""
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    """Their bars and notes on loading, saving and probing for a compiler would break into the progress of training."""
+    for name in ("accelerate", "compilers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     disable_progress_bar()
 
 
