@@ -1,7 +1,7 @@
 """The speculative decoder: engine, proposers, verification rules, sampling, caches."""
 
 from deepspec.decoding.engine import SpeculativeEngine, Timing
-from deepspec.decoding.proposers import DSparkProposer, Proposal, Proposer, check_draft_fits
+from deepspec.decoding.proposers import DSparkProposer, Proposal, Proposer
 from deepspec.decoding.requests import Completion, Request, Round
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict
 
@@ -16,5 +16,4 @@ __all__ = [
     "SpeculativeEngine",
     "Timing",
     "Verdict",
-    "check_draft_fits",
 ]

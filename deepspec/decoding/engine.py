@@ -1,8 +1,8 @@
 """The speculative decoder: batched, slot-based, lossless (DSpark section 5).
 
-A fixed number of slots with preallocated caches; requests enter and leave at any round; each row accepts its own number
-of tokens. A round drafts up to block_size tokens per row, verifies anchor and draft in one target pass, and keeps what
-the verification rule keeps. Without a proposer the same engine decodes plainly: it verifies nothing and draws one token.
+A fixed number of slots with preallocated caches; requests enter and leave at any round; each row accepts its own
+number of tokens. A round drafts up to block_size tokens per row, verifies anchor and draft in one target pass, and
+keeps what the verification rule keeps. Without a proposer the engine decodes plainly: one drawn token a round.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deepspec.decoding.cache import SlotCache
+from deepspec.config import near_match
+from deepspec.decoding.attention import attending_slots
+from deepspec.decoding.cache import SlotCache, Span
 from deepspec.decoding.proposers import Proposal, Proposer
-from deepspec.decoding.requests import Completion, Request, Round
-from deepspec.decoding.sampling import SamplingSettings, UniformStream, probabilities, sample
-from deepspec.decoding.verification import VERIFICATION_RULES
+from deepspec.decoding.requests import Completion, Request
+from deepspec.decoding.rows import Row
+from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw, probabilities
+from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, verify_greedy
 from deepspec.targets import Target
 
 
@@ -30,18 +33,7 @@ class Timing:
     prefill: float = 0.0
     draft: float = 0.0
     verify: float = 0.0
-
-
-@dataclass
-class _Row:
-    """An active request. Its anchor is its last token, at position `length`; everything before it is in the caches."""
-
-    index: int
-    request: Request
-    stream: UniformStream
-    completion: Completion
-    anchor: int
-    length: int
+    rounds: int = 0  # of the batch: passes of the target after prefill
 
 
 class SpeculativeEngine:
@@ -65,14 +57,10 @@ class SpeculativeEngine:
             verification: token or block.
 
         Raises:
-            ValueError: the target has layers without full attention, or a threshold is set for a draft without
-                confidence head (found at the first round).
+            ValueError: the target has layers without full attention, there is no such verification rule, or a threshold
+                is set for a proposer without confidences.
         """
-        unsupported = set(getattr(target.config, "layer_types", None) or []) - {"full_attention"}
-        if unsupported:
-            raise ValueError(
-                f"target {target.name_or_path}: layers of type {sorted(unsupported)} cannot be decoded yet"
-            )
+        _check_settings(target, proposer, slots, confidence_threshold, verification)
         self.target = target
         self.proposer = proposer
         self.slots = slots
@@ -81,10 +69,11 @@ class SpeculativeEngine:
         self.block_size = proposer.block_size if proposer else 0
         self.timing = Timing()
         self._layer_ids = tuple(proposer.layer_ids) if proposer else ()
-        self._verify_rule = VERIFICATION_RULES[verification]
-        self._cache = SlotCache(target.config, slots, max_length, target.dtype, target.device)
-        self._columns = torch.arange(max_length, device=target.device)
-        self._offsets = torch.arange(self.block_size + 1, device=target.device)
+        self._verify = VERIFICATION_RULES[verification]
+        self._device = target.device
+        self._cache = SlotCache(target.config, slots, max_length, target.dtype, self._device)
+        self._columns = torch.arange(max_length, device=self._device)
+        self._settings: SamplingSettings | None = None  # of the active rows; None = they have changed
         if proposer:
             proposer.allocate(slots, max_length)
 
@@ -94,170 +83,222 @@ class SpeculativeEngine:
     ) -> list[Completion]:
         """Decode all requests; `on_finish(index, completion)` is called as each one ends.
 
-        A request gives the same tokens whatever else is in the batch, up to floating-point rounding.
+        A request gives the same tokens whatever else is in the batch, up to floating-point rounding. One whose logits
+        are not finite ends with the finish reason `error`; the others go on.
 
         Raises:
-            ValueError: a request with an empty prompt, or one that does not fit a slot.
+            ValueError: a request with an empty prompt, with unknown tokens, or that does not fit a slot.
         """
         for index, request in enumerate(requests):
             self._check(index, request)
         self.timing = Timing()
         waiting = deque(enumerate(requests))
-        active: list[_Row] = []  # active[i] lives in slot i
+        rows: list[Row | None] = []  # rows[i] lives in slot i; None = free
         completions: dict[int, Completion] = {}
-        while waiting or active:
-            if waiting and len(active) < self.slots:
-                entering = [waiting.popleft() for _ in range(min(len(waiting), self.slots - len(active)))]
-                active += self._prefill(entering, first_slot=len(active))
-            else:
-                self._round(active)
-            for slot in range(len(active) - 1, -1, -1):
-                row = active[slot]
-                if row.completion.finish_reason:
-                    completions[row.index] = row.completion
-                    if on_finish:
-                        on_finish(row.index, row.completion)
-                    self._vacate(active, slot)
+        with attending_slots(self.target):
+            while waiting or any(rows):
+                free = [slot for slot in range(self.slots) if slot >= len(rows) or rows[slot] is None]
+                if waiting and free:
+                    self._enter(rows, free, waiting)
+                else:
+                    self._round(self._without_gaps(rows))
+                for slot, row in enumerate(rows):
+                    if row and row.finished:
+                        completions[row.index] = row.completion
+                        if on_finish:
+                            on_finish(row.index, row.completion)
+                        rows[slot] = self._settings = None
         return [completions[index] for index in range(len(requests))]
 
     def _check(self, index: int, request: Request) -> None:
-        if not request.prompt_ids:
+        prompt = request.prompt_ids
+        if not prompt:
             raise ValueError(f"request {index}: the prompt is empty")
-        needed = len(request.prompt_ids) + request.max_new_tokens + self.block_size
+        if min(prompt) < 0 or max(prompt) >= self.target.vocab_size:
+            raise ValueError(
+                f"request {index}: token ids from {min(prompt)} to {max(prompt)}, but target "
+                f"{self.target.name_or_path} knows 0 to {self.target.vocab_size - 1}; use the target's own tokenizer"
+            )
+        needed = len(prompt) + request.max_new_tokens + self.block_size
         if needed > self.max_length:
             raise ValueError(
-                f"request {index}: a prompt of {len(request.prompt_ids)} tokens, {request.max_new_tokens} new ones and a block "
-                f"of {self.block_size} need {needed} positions, a slot has {self.max_length}; raise decode.max_length "
+                f"request {index}: a prompt of {len(prompt)} tokens, {request.max_new_tokens} new ones and a block of "
+                f"{self.block_size} need {needed} positions, a slot has {self.max_length}; raise decode.max_length "
                 "or shorten the request"
             )
 
-    def _vacate(self, active: list[_Row], slot: int) -> None:
-        """Remove a row; the last one moves into its slot, so that the active slots are always the first ones."""
-        last = len(active) - 1
-        if slot != last:
-            length = active[last].length
-            self._cache.store.move(last, slot, length)
-            if self.proposer:
-                self.proposer.move(last, slot, length)
-            active[slot] = active[last]
-        active.pop()
-
-    def _prefill(self, entering: list[tuple[int, Request]], first_slot: int) -> list[_Row]:
-        """Run the prompts, right-padded, into consecutive slots and draw each first token."""
+    def _enter(self, rows: list[Row | None], free: list[int], waiting: deque[tuple[int, Request]]) -> None:
+        """Run waiting prompts, right-padded, into free slots and draw each first token."""
         started = time.perf_counter()
-        device = self.target.device
-        prompts = [request.prompt_ids for _, request in entering]
+        slots = free[: len(waiting)]
+        entering = [self._new_row(*waiting.popleft()) for _ in slots]
+        prompts = [row.request.prompt_ids for row in entering]
         longest = max(map(len, prompts))
-        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-        positions = self._columns[:longest].expand(len(prompts), longest)
-        causal = self._columns[:longest] <= positions[..., None]
-        slots = torch.arange(first_slot, first_slot + len(prompts), device=device)
-        self._cache.begin(slots, positions, columns=None)
-        features = self.target.forward(ids, positions, causal[:, None], self._cache, self._layer_ids)
+        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=self._device)
+        span = Span(slots, [0] * len(slots), longest, self._device)
+        self._cache.begin(span, attend_slots=False)
+        features = self.target.forward(
+            ids, span.positions, self._may_attend(span.positions, longest), self._cache, self._layer_ids
+        )
         if self.proposer:
-            self.proposer.observe(slots, positions, features.context)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-        final = features.final[torch.arange(len(prompts), device=device), last]
-        streams = [UniformStream(request.seed) for _, request in entering]
-        uniform = torch.stack([stream.draw(1) for stream in streams]).to(device)
-        settings = self._settings([request for _, request in entering])
-        first = sample(probabilities(self.target.logits(final)[:, None], settings)[:, 0], uniform[:, 0]).tolist()
-        rows = []
-        for (index, request), stream, token in zip(entering, streams, first, strict=True):
-            row = _Row(index, request, stream, Completion(), token, len(request.prompt_ids))
-            row.completion.output_ids.append(token)
-            self._finish_if_done(row, [token])
-            rows.append(row)
+            self.proposer.observe(span, features.context)
+        ends = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=self._device)
+        final = features.final.gather(1, ends[..., None].expand(-1, -1, features.final.shape[-1]))
+        logits = self.target.logits(final)
+        settings = self._settings_of(entering)
+        uniform = self._uniform(entering, settings)
+        tokens, _ = draw(logits, settings, None if uniform is None else uniform[:, -1:])
+        for slot, row, (token, finite) in zip(
+            slots, entering, torch.cat([tokens, _finite(logits)], dim=1).tolist(), strict=True
+        ):
+            if slot < len(rows):
+                rows[slot] = row
+            else:
+                rows.append(row)
+            if finite:
+                row.begin(token)
+            else:
+                self._fail(slot, row)
+        self._settings = None
         self.timing.prefill += time.perf_counter() - started
-        return rows
 
-    def _round(self, active: list[_Row]) -> None:
+    def _new_row(self, index: int, request: Request) -> Row:
+        stream = UniformStream(request.seed, 2 * self.block_size + 1) if request.temperature > 0 else None
+        return Row(index, request, stream, len(request.prompt_ids))
+
+    def _without_gaps(self, rows: list[Row | None]) -> list[Row]:
+        """Move the last rows into free slots, so that the active slots are the first ones. Only when nobody waits."""
+        for slot in reversed(range(len(rows))):
+            if rows[slot] is None:
+                last = rows.pop()
+                if last is not None:
+                    self._cache.store.move(len(rows), slot, last.length)
+                    if self.proposer:
+                        self.proposer.move(len(rows), slot, last.length)
+                    rows[slot] = last
+        return [row for row in rows if row is not None]
+
+    def _round(self, rows: list[Row]) -> None:
         """Draft, verify in one target pass, keep."""
         started = time.perf_counter()
-        device = self.target.device
-        anchors = torch.tensor([row.anchor for row in active], device=device)
-        lengths = torch.tensor([row.length for row in active], device=device)
-        settings = self._settings([row.request for row in active])
-        size = self.block_size
-        uniform = torch.stack([row.stream.draw(2 * size + 1) for row in active]).to(device)
-        proposal = self._propose(anchors, lengths, settings, uniform[:, :size])
-        proposed = self._proposed_lengths(proposal, len(active))
+        if self._settings is None:
+            self._settings = self._settings_of(rows)
+        settings, size = self._settings, self.block_size
+        starts = [row.length for row in rows]
+        anchors, lengths = torch.tensor([[row.anchor for row in rows], starts], device=self._device)
+        uniform = self._uniform(rows, settings)
+        proposal, proposed = None, [0] * len(rows)
+        if self.proposer:
+            of_draft = None if uniform is None else uniform[:, :size]
+            proposal = self.proposer.propose(anchors, lengths, max(starts), settings, of_draft)
+            proposed = self._proposed_lengths(proposal, len(rows))
         drafted = max(proposed)
         drafted_at = time.perf_counter()
 
-        tokens = proposal.tokens[:, :drafted]
-        positions = lengths[:, None] + self._offsets[: drafted + 1]
-        columns = max(row.length for row in active) + drafted + 1
-        slots = self._columns[: len(active)]
-        self._cache.begin(slots, positions, columns)
-        mask = self._columns[:columns] <= positions[..., None]
-        ids = torch.cat([anchors[:, None], tokens], dim=1)
-        features = self.target.forward(ids, positions, mask[:, None], self._cache, self._layer_ids)
-        verdict = self._verify_rule(
-            tokens,
-            proposal.probabilities[:, :drafted],
-            probabilities(self.target.logits(features.final), settings),
-            torch.tensor(proposed, device=device),
-            uniform[:, size : size + drafted],
-            uniform[:, -1],
+        ids = anchors[:, None] if proposal is None else torch.cat([anchors[:, None], proposal.tokens[:, :drafted]], 1)
+        span = Span(range(len(rows)), starts, drafted + 1, self._device)
+        self._cache.begin(span, attend_slots=True)
+        features = self.target.forward(
+            ids, span.positions, self._may_attend(span.positions, span.columns), self._cache, self._layer_ids
         )
+        logits = self.target.logits(features.final)
+        finite = _finite(logits)
+        if proposal is None or drafted == 0:
+            token, _ = draw(logits, settings, None if uniform is None else uniform[:, -1:])
+            verdict = Verdict(torch.zeros_like(lengths), token[:, 0])
+        else:
+            verdict = self._verdict(proposal, proposed, drafted, logits, settings, uniform)
+            if proposal.probabilities is not None:
+                finite = finite & _finite(proposal.probabilities)
         if self.proposer:
-            self.proposer.observe(slots, positions, features.context)
-        outcome = torch.cat([verdict.accepted[:, None], verdict.next_token[:, None], tokens], dim=1).tolist()
-        confidences = None if proposal.confidences is None else proposal.confidences.tolist()
-        for i, (row, (accepted, next_token, *drafts)) in enumerate(zip(active, outcome, strict=True)):
-            of_row = None if confidences is None else confidences[i][: proposed[i]]
-            self._advance(row, proposed[i], drafts[:accepted], next_token, of_row)
+            self.proposer.observe(span, features.context)
+        outcome = torch.cat([finite, verdict.accepted[:, None], verdict.next_token[:, None], ids[:, 1:]], 1).tolist()
+        confidences = None if proposal is None or proposal.confidences is None else proposal.confidences.tolist()
+        for slot, (row, (is_finite, accepted, next_token, *drafts)) in enumerate(zip(rows, outcome, strict=True)):
+            if is_finite:
+                of_row = None if confidences is None else confidences[slot]
+                row.advance(proposed[slot], drafts[:accepted], next_token, of_row)
+            else:
+                self._fail(slot, row)
         self.timing.draft += drafted_at - started
         self.timing.verify += time.perf_counter() - drafted_at
-
-    def _propose(self, anchors: Tensor, lengths: Tensor, settings: SamplingSettings, uniform: Tensor) -> Proposal:
-        if self.proposer:
-            return self.proposer.propose(anchors, lengths, settings, uniform)
-        empty = anchors.new_zeros(len(anchors), 0)
-        return Proposal(empty, empty.new_zeros(len(anchors), 0, self.target.vocab_size, dtype=torch.float32), None)
+        self.timing.rounds += 1
 
     def _proposed_lengths(self, proposal: Proposal, rows: int) -> list[int]:
         """How many drafted tokens of each row to verify: all, or those before the first one of low confidence."""
-        if self.confidence_threshold == 0 or not self.proposer:
+        if self.confidence_threshold == 0:
             return [self.block_size] * rows
-        if proposal.confidences is None:
-            raise ValueError(
-                f"decode.confidence_threshold={self.confidence_threshold}: this draft has no confidence head; "
-                "train one with draft.confidence_head=true or set 0"
-            )
-        return (proposal.confidences >= self.confidence_threshold).long().cumprod(1).sum(1).tolist()
+        assert proposal.confidences is not None
+        return (proposal.confidences >= self.confidence_threshold).cumprod(1).sum(1).tolist()
 
-    def _advance(
-        self, row: _Row, proposed: int, kept: list[int], next_token: int, confidences: list[float] | None
-    ) -> None:
-        """Book one round of one row."""
-        stop = next((i + 1 for i, token in enumerate(kept) if token in row.request.stop_token_ids), None)
-        if stop is not None:
-            kept, proposed = kept[:stop], stop
-            new = kept
-        else:
-            new = [*kept, next_token]
-        room = row.request.max_new_tokens - len(row.completion.output_ids)
-        confidences = None if confidences is None else confidences[:proposed]
-        row.completion.rounds.append(Round(proposed, len(kept), min(len(new), room), confidences))
-        row.completion.output_ids += new[:room]
-        row.length += len(new)
-        row.anchor = new[-1]
-        self._finish_if_done(row, new[:room])
+    def _verdict(
+        self,
+        proposal: Proposal,
+        proposed: list[int],
+        drafted: int,
+        logits: Tensor,
+        settings: SamplingSettings,
+        uniform: Tensor | None,
+    ) -> Verdict:
+        lengths = None if min(proposed) == drafted else torch.tensor(proposed, device=self._device)
+        tokens = proposal.tokens[:, :drafted]
+        if uniform is None or proposal.probabilities is None:
+            return verify_greedy(tokens, logits.argmax(-1), lengths)
+        accept_uniform = uniform[:, self.block_size : self.block_size + drafted]
+        distribution = proposal.probabilities[:, :drafted]
+        return self._verify(
+            tokens, distribution, probabilities(logits, settings), lengths, accept_uniform, uniform[:, -1]
+        )
 
-    @staticmethod
-    def _finish_if_done(row: _Row, new: list[int]) -> None:
-        if new[-1] in row.request.stop_token_ids:
-            row.completion.finish_reason = "stop"
-        elif len(row.completion.output_ids) >= row.request.max_new_tokens:
-            row.completion.finish_reason = "length"
+    def _fail(self, slot: int, row: Row) -> None:
+        row.fail()
+        self._cache.store.clear(slot)
+        if self.proposer:
+            self.proposer.clear(slot)
 
-    def _settings(self, requests: list[Request]) -> SamplingSettings:
+    def _may_attend(self, positions: Tensor, columns: int) -> Tensor:
+        """Column j is visible to position i if j <= i: bool [rows, 1, tokens, columns]."""
+        return (self._columns[:columns] <= positions[..., None])[:, None]
+
+    def _uniform(self, rows: list[Row], settings: SamplingSettings) -> Tensor | None:
+        """float64 [rows, 2 * block_size + 1]: to draft, to accept, and for the next token; None if all are greedy."""
+        if settings.all_greedy:
+            return None
+        unused = torch.zeros(2 * self.block_size + 1, dtype=torch.float64)
+        drawn = [row.uniform() for row in rows]
+        return torch.stack([unused if u is None else u for u in drawn]).to(self._device)
+
+    def _settings_of(self, rows: list[Row]) -> SamplingSettings:
+        requests = [row.request for row in rows]
         return SamplingSettings.of_rows(
             [request.temperature for request in requests],
             [request.top_k for request in requests],
             [request.top_p for request in requests],
             self.target.vocab_size,
-            self.target.device,
+            self._device,
+        )
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Whether each row has a largest value at every position: bool [rows, 1]."""
+    return values.amax(-1).isfinite().all(1, keepdim=True)
+
+
+def _check_settings(
+    target: Target, proposer: Proposer | None, slots: int, confidence_threshold: float, verification: str
+) -> None:
+    unsupported = set(getattr(target.config, "layer_types", None) or []) - {"full_attention"}
+    if unsupported:
+        raise ValueError(f"target {target.name_or_path}: layers of type {sorted(unsupported)} cannot be decoded yet")
+    if verification not in VERIFICATION_RULES:
+        raise ValueError(
+            f"decode.verification={verification}: must be one of {', '.join(VERIFICATION_RULES)}."
+            f"{near_match(verification, VERIFICATION_RULES)}"
+        )
+    if slots < 1:
+        raise ValueError(f"decode.batch_size={slots}: must be at least 1")
+    if confidence_threshold > 0 and proposer and not proposer.has_confidences:
+        raise ValueError(
+            f"decode.confidence_threshold={confidence_threshold}: this draft has no confidence head; "
+            "train one with draft.confidence_head=true or set 0"
         )

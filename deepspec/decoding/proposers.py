@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deepspec.decoding.cache import KeyValueStore
-from deepspec.decoding.sampling import SamplingSettings, probabilities, sample
+from deepspec.decoding.cache import KeyValueStore, Span
+from deepspec.decoding.sampling import SamplingSettings, draw
 from deepspec.drafts import DSparkModel
+from deepspec.drafts.loading import check_target
 from deepspec.targets import Target
 
 
@@ -20,7 +21,7 @@ class Proposal:
     """Drafted tokens of a batch of rows."""
 
     tokens: Tensor  # long [rows, slots]
-    probabilities: Tensor  # [rows, slots, vocab], what each token was drawn from
+    probabilities: Tensor | None  # [rows, slots, vocab], what each token was drawn from; None = the argmax
     confidences: Tensor | None  # [rows, slots], the probability that token k is kept given that all before it were
 
 
@@ -29,33 +30,50 @@ class Proposer(Protocol):
 
     block_size: int
     layer_ids: Sequence[int]  # target layers whose output it reads
+    has_confidences: bool
 
     def allocate(self, slots: int, columns: int) -> None:
         """Make room for that many slots of that many positions."""
 
-    def observe(self, slots: Tensor, positions: Tensor, features: Tensor) -> None:
-        """Features [rows, tokens, layers * hidden] of target tokens at `positions` [rows, tokens].
+    def observe(self, span: Span, features: Tensor) -> None:
+        """Features [rows, tokens, layers * hidden] of target tokens at the positions of `span`.
 
         Later calls may overwrite positions: the last word counts.
         """
 
     def propose(
-        self, anchor_tokens: Tensor, positions: Tensor, settings: SamplingSettings, uniform: Tensor
+        self, anchors: Tensor, positions: Tensor, columns: int, settings: SamplingSettings, uniform: Tensor | None
     ) -> Proposal:
-        """Draft for the first rows' slots after `anchor_tokens` [rows] at `positions` [rows], on uniform [rows, slots]."""
+        """Draft for the first rows' slots.
+
+        Args:
+            anchors: long [rows], each row's last token.
+            positions: long [rows], the anchors' positions.
+            columns: the largest of them.
+            uniform: float64 [rows, block_size]; None when every row is greedy.
+        """
 
     def move(self, source: int, destination: int, length: int) -> None:
         """Move a slot's state."""
+
+    def clear(self, slot: int) -> None:
+        """Forget a slot whose row was not finite."""
 
 
 class DSparkProposer:
     """DSpark and DFlash: one parallel pass of the backbone, then the sequential head token by token."""
 
     def __init__(self, draft: DSparkModel, target: Target):
-        check_draft_fits(draft, target)
+        """
+        Raises:
+            ValueError: the draft was not made for this target.
+        """
+        check_target(draft, target)
         self.draft = draft.eval()
         self.block_size = draft.block_size
-        self.layer_ids: Sequence[int] = draft.target_layer_ids
+        self.layer_ids = draft.target_layer_ids
+        self.has_confidences = draft.confidence_head is not None
+        self._layers = range(draft.config.num_hidden_layers)
         self._store: KeyValueStore | None = None
         self._columns = torch.arange(0)
 
@@ -69,61 +87,61 @@ class DSparkProposer:
         assert self._store is not None, "allocate comes first"
         return self._store
 
-    def observe(self, slots: Tensor, positions: Tensor, features: Tensor) -> None:
+    def observe(self, span: Span, features: Tensor) -> None:
         context = self.draft.project_context(features)
-        for layer, (keys, values) in enumerate(self.draft.context_key_values(context, positions)):
-            self.store.write(layer, slots, positions, keys, values)
+        for layer, (keys, values) in enumerate(self.draft.context_key_values(context, span.positions)):
+            self.store.write(layer, span, keys, values)
 
     def propose(
-        self, anchor_tokens: Tensor, positions: Tensor, settings: SamplingSettings, uniform: Tensor
+        self, anchors: Tensor, positions: Tensor, columns: int, settings: SamplingSettings, uniform: Tensor | None
     ) -> Proposal:
-        draft, rows = self.draft, len(anchor_tokens)
-        columns = self._columns[: int(positions.max())]
-        context = [
-            (self.store.keys[layer, :rows, :, : len(columns)], self.store.values[layer, :rows, :, : len(columns)])
-            for layer in range(draft.config.num_hidden_layers)
-        ]
-        hidden = draft.draft_block(anchor_tokens, positions, context, columns < positions[:, None])
-        logits = draft.base_logits(hidden)
-        if draft.markov_head is None:
-            drawn_from = probabilities(logits, settings)
-            tokens = sample(drawn_from, uniform)
-            return Proposal(tokens, drawn_from, self._confidences(hidden, None))
-        state = draft.markov_head.initial_state(hidden[:, 0])
-        tokens_so_far, distributions = [anchor_tokens], []
-        for slot in range(self.block_size):
-            latent, state = draft.markov_head.step(tokens_so_far[-1], hidden[:, slot], state)
-            biased = logits[:, slot] + draft.markov_head.bias(latent).float()
-            distributions.append(probabilities(biased[:, None], settings))
-            tokens_so_far.append(sample(distributions[-1][:, 0], uniform[:, slot]))
-        previous = torch.stack(tokens_so_far[:-1], dim=1)
-        confidences = self._confidences(hidden, draft.markov_head.embed(previous))
-        return Proposal(torch.stack(tokens_so_far[1:], dim=1), torch.cat(distributions, dim=1), confidences)
+        context = [self.store.read(layer, len(anchors), columns) for layer in self._layers]
+        written = self._columns[:columns] < positions[:, None]
+        hidden = self.draft.draft_block(anchors, positions, context, written)
+        logits = self.draft.base_logits(hidden)
+        if self.draft.markov_head is None:
+            tokens, distribution = draw(logits, settings, uniform)
+            return Proposal(tokens, distribution, self._confidences(hidden, None))
+        return self._sequential(anchors, hidden, logits, settings, uniform)
 
     def move(self, source: int, destination: int, length: int) -> None:
         self.store.move(source, destination, length)
+
+    def clear(self, slot: int) -> None:
+        self.store.clear(slot)
+
+    def _sequential(
+        self,
+        anchors: Tensor,
+        hidden: Tensor,
+        logits: Tensor,
+        settings: SamplingSettings,
+        uniform: Tensor | None,
+    ) -> Proposal:
+        """Draw left to right, each token biased by those before it (DSpark section 3.2).
+
+        Args:
+            anchors: [rows]
+            hidden: [rows, slots, hidden]
+            logits: of the backbone alone, [rows, slots, vocab].
+        """
+        head = self.draft.markov_head
+        assert head is not None
+        previous, distributions = [anchors[:, None]], []
+        state = head.initial_state(hidden[:, :1])
+        for slot in range(self.block_size):
+            here = slice(slot, slot + 1)
+            latent, state = head.step(previous[-1], hidden[:, here], state)
+            biased = logits[:, here] + head.bias(latent)
+            token, distribution = draw(biased, settings, None if uniform is None else uniform[:, here])
+            previous.append(token)
+            distributions.append(distribution)
+        tokens = torch.cat(previous, dim=1)  # anchor first
+        confidences = self._confidences(hidden, head.embed(tokens[:, :-1])) if self.has_confidences else None
+        drawn_from = None if settings.all_greedy else torch.cat([d for d in distributions if d is not None], dim=1)
+        return Proposal(tokens[:, 1:], drawn_from, confidences)
 
     def _confidences(self, hidden: Tensor, embedding: Tensor | None) -> Tensor | None:
         if self.draft.confidence_head is None:
             return None
         return self.draft.confidence_head(hidden, embedding).float().sigmoid()
-
-
-def check_draft_fits(draft: DSparkModel, target: Target) -> None:
-    """Refuse a draft that was not made for this target.
-
-    Raises:
-        ValueError: vocabulary, hidden size or depth differ, or the recorded fingerprint is another target's.
-    """
-    for what, of_draft, of_target in (
-        ("vocabulary", draft.config.vocab_size, target.vocab_size),
-        ("hidden size", draft.config.hidden_size, target.hidden_size),
-    ):
-        if of_draft != of_target:
-            raise ValueError(f"the draft has a {what} of {of_draft}, the target {target.name_or_path} of {of_target}")
-    recorded = getattr(draft.config, "target_fingerprint", None)
-    if recorded and recorded != target.fingerprint:
-        raise ValueError(
-            f"this draft belongs to the target {draft.config.target_model_name_or_path} with fingerprint {recorded[:12]}, "
-            f"not to {target.name_or_path} with fingerprint {target.fingerprint[:12]}"
-        )

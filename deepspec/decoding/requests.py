@@ -17,6 +17,16 @@ class Request:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name, value, fits, allowed in (
+            ("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 (greedy) or above"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (off) or above"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+        ):
+            if not fits:
+                raise ValueError(f"{name}={value}: must be {allowed}")
+
 
 @dataclass(frozen=True)
 class Round:
@@ -38,4 +48,4 @@ class Completion:
 
     output_ids: list[int] = field(default_factory=list)  # the stop token, if any, included
     rounds: list[Round] = field(default_factory=list)
-    finish_reason: str = ""  # stop or length
+    finish_reason: str = ""  # stop, length, or error: the logits of this request were not finite

@@ -1,7 +1,8 @@
 """From logits to the distribution that is sampled from, and sampling from exactly that distribution.
 
 Draft and target pass through the same functions, so the acceptance test compares the very probabilities that drew the
-token. Temperature 0 is the one-hot distribution of the largest logit; greedy decoding needs no code of its own.
+token. Temperature 0 is the one-hot distribution of the largest logit. A batch of greedy rows alone takes the argmax
+instead and never writes the distribution down.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LARGEST_UNIFORM = 1 - 2.0**-52  # so that uniform * total is below total in float64 for every total
+SMALLEST_TEMPERATURE = 1e-30  # keeps logits / temperature finite
+
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -21,7 +25,9 @@ class SamplingSettings:
     greedy: Tensor  # bool [rows, 1, 1]
     top_k: Tensor  # long [rows, 1, 1], the vocabulary size where off
     top_p: Tensor  # [rows, 1, 1], 1 where off
+    all_greedy: bool
     any_greedy: bool
+    any_scaled: bool
     any_truncated: bool
 
     @classmethod
@@ -33,16 +39,21 @@ class SamplingSettings:
         vocab: int,
         device: torch.device,
     ) -> SamplingSettings:
+        """Args: one temperature (0 = greedy), top-k (0 = off) and top-p (1 = off) per row."""
+
         def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
+        sampled = [t > 0 for t in temperatures]
         return cls(
-            temperature=column([t or 1.0 for t in temperatures], torch.float32),
-            greedy=column([t == 0 for t in temperatures], torch.bool),
+            temperature=column([max(t, SMALLEST_TEMPERATURE) if t > 0 else 1.0 for t in temperatures], torch.float32),
+            greedy=column([not s for s in sampled], torch.bool),
             top_k=column([min(k, vocab) or vocab for k in top_ks], torch.long),
             top_p=column(top_ps, torch.float32),
-            any_greedy=0 in temperatures,
-            any_truncated=any(top_ks) or any(p < 1 for p in top_ps),
+            all_greedy=not any(sampled),
+            any_greedy=not all(sampled),
+            any_scaled=any(t not in (0.0, 1.0) for t in temperatures),
+            any_truncated=any(s and (k or p < 1) for s, k, p in zip(sampled, top_ks, top_ps, strict=True)),
         )
 
 
@@ -52,7 +63,7 @@ def probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
     Ties at the top-k border are kept; top-p keeps the smallest set of most likely tokens whose mass reaches p.
     """
     logits = logits.float()
-    result = torch.softmax(logits / settings.temperature, dim=-1)
+    result = torch.softmax(logits / settings.temperature if settings.any_scaled else logits, dim=-1)
     if settings.any_truncated:
         result = _truncate(result, settings)
     if settings.any_greedy:
@@ -77,23 +88,48 @@ def sample(weights: Tensor, uniform: Tensor) -> Tensor:
 
     Args:
         weights: [..., vocab]
-        uniform: float64 [...], in [0, 1)
+        uniform: float64 [...], in [0, LARGEST_UNIFORM].
 
     Returns:
         Token ids [...]; a token of weight 0 is never drawn.
     """
-    cumulative = weights.double().cumsum(-1)
-    threshold = (uniform * cumulative[..., -1]).unsqueeze(-1)
+    cumulative = torch.cumsum(weights, -1, dtype=torch.float64)
+    threshold = uniform.unsqueeze(-1) * cumulative[..., -1:]
     drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    return drawn.clamp_(max=weights.shape[-1] - 1)
+    return drawn.clamp_(max=weights.shape[-1] - 1)  # out of range only if the weights were not finite
+
+
+def draw(logits: Tensor, settings: SamplingSettings, uniform: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Draw one token per row and position.
+
+    Args:
+        logits: [rows, tokens, vocab]
+        uniform: float64 [rows, tokens]; not needed when every row is greedy.
+
+    Returns:
+        Token ids [rows, tokens] and the distributions that they were drawn from; None when every row is greedy.
+    """
+    if settings.all_greedy:
+        return logits.argmax(-1), None
+    assert uniform is not None
+    distribution = probabilities(logits, settings)
+    return sample(distribution, uniform), distribution
 
 
 class UniformStream:
     """Uniform numbers of one request: its own stream, so its tokens do not depend on what else is in the batch."""
 
-    def __init__(self, seed: int):
-        self._generator = torch.Generator().manual_seed(seed)
+    DRAWS_AT_ONCE = 32
 
-    def draw(self, count: int) -> Tensor:
-        """float64 [count], in [0, 1)"""
-        return torch.rand(count, generator=self._generator, dtype=torch.float64)
+    def __init__(self, seed: int, count: int):
+        """Args: `count` numbers are handed out at a time."""
+        self._generator = torch.Generator().manual_seed(seed)
+        self._shape = (self.DRAWS_AT_ONCE, count)
+        self._drawn: list[Tensor] = []
+
+    def draw(self) -> Tensor:
+        """float64 [count], in [0, LARGEST_UNIFORM]"""
+        if not self._drawn:
+            block = torch.rand(self._shape, generator=self._generator, dtype=torch.float64)
+            self._drawn = list(block.clamp_(max=LARGEST_UNIFORM).unbind())
+        return self._drawn.pop()

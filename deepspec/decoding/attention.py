@@ -1,0 +1,64 @@
+"""Attention of a few new tokens over a slot cache: reads the cached keys and values where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface
+
+from deepspec.targets import Target
+
+NAME = "deepspec_slots"
+
+
+def slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Grouped-query attention without repeating keys and values for each query head.
+
+    The query heads that share a key/value head are laid side by side as further tokens of that head.
+
+    Args:
+        module: the attention layer; not used.
+        query: [rows, heads, tokens, head_dim]
+        key, value: [rows, kv_heads, columns, head_dim], views of the cache.
+        attention_mask: bool [rows, 1, tokens, columns], True = may attend.
+        scaling: multiplies the scores; None = 1 / sqrt(head_dim).
+
+    Returns:
+        [rows, tokens, heads, head_dim], as Transformers wants it, and no weights.
+    """
+    rows, heads, tokens, head_dim = query.shape
+    kv_heads = key.shape[1]
+    group = heads // kv_heads
+    if group > 1:
+        query = query.reshape(rows, kv_heads, group * tokens, head_dim)
+        if tokens > 1:
+            attention_mask = attention_mask.repeat(1, 1, group, 1)
+    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+    return attended.reshape(rows, heads, tokens, head_dim).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, slot_attention)
+
+
+@contextmanager
+def attending_slots(target: Target) -> Iterator[None]:
+    """Within the block, the target's layers attend with `slot_attention`, whatever they were loaded with."""
+    config = target.config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
