@@ -49,10 +49,11 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str] | None = Non
 
 def run_command(task: Any, schema: type[Options]) -> None:
     """Parse the command line, run `task` on the options; a user's mistake ends with status 2 and one message."""
+    from deepspec.checkpoints import CheckpointError
     from deepspec.data.jsonl import DataError
 
     try:
         task(parse_arguments(schema))
-    except (ConfigError, DataError, FileNotFoundError) as error:
+    except (ConfigError, DataError, CheckpointError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

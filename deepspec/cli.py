@@ -18,6 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deepspec.checkpoints import CheckpointError
 from deepspec.config import ConfigError, EvalRun, TrainRun, near_match, validate
 from deepspec.data.jsonl import DataError
 
@@ -49,7 +50,7 @@ def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them
     try:
         main()
-    except (ConfigError, DataError, HydraException, OmegaConfBaseException) as error:
+    except (ConfigError, DataError, CheckpointError, FileNotFoundError, HydraException, OmegaConfBaseException) as error:
         if traceback_wanted:
             raise
         print(f"error: {explain(error, schema)}", file=sys.stderr)
@@ -58,7 +59,7 @@ def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -
 
 def explain(error: Exception, schema: type) -> str:
     """A message that names the key, its value, what is allowed and a near match."""
-    if isinstance(error, (ConfigError, DataError)):
+    if isinstance(error, (ConfigError, DataError, CheckpointError, FileNotFoundError)):
         return str(error)
     if isinstance(error, MissingConfigException) and error.options:
         wanted = (error.missing_cfg_file or "").rsplit("/", 1)[-1]

@@ -50,6 +50,7 @@ class DraftConfig:
 class DataConfig:
     train_files: list[str] = field(default_factory=list)  # JSONL of {"id", "messages": [{"role", "content"}]}
     eval_files: list[str] = field(default_factory=list)  # same format; measured during training, never trained on
+    eval_samples: int | None = 512  # the first that many samples of eval_files are measured; null = all
     max_length: int = 4096  # tokens; a longer sample is truncated (its count is reported)
     min_supervised_tokens: int = 14  # samples with fewer assistant tokens are dropped (and counted)
     chat_template: str | None = None  # a Jinja file in place of the tokenizer's own template
@@ -169,6 +170,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "draft.block_size": (1, 64),
     "draft.markov_rank": (0, None),
     "draft.sliding_window": (1, None),
+    "data.eval_samples": (1, None),
     "data.max_length": (2, None),
     "data.min_supervised_tokens": (0, None),
     "data.num_workers": (0, None),

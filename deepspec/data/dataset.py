@@ -58,6 +58,10 @@ class ConversationDataset(torch.utils.data.Dataset):
         row = self.rows[int(index)]
         return Sample(index, epoch, row["id"], row["input_ids"], row["loss_mask"])
 
+    def first(self, count: int | None) -> ConversationDataset:
+        """The first `count` samples; None = all."""
+        return self if count is None else ConversationDataset(self.rows.select(range(min(count, len(self)))))
+
     def id_of(self, index: int) -> str:
         return self.rows[int(index)]["id"]
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 FREE_KEYS = {
     "output_dir",
     "data.eval_files",
+    "data.eval_samples",
     "data.num_workers",
     "train.micro_batch_size",
     "train.save_steps",

@@ -43,7 +43,9 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     draft_config = draft_config_of(config, target_config, tokenizer)
     with accelerator.main_process_first():
         train_set = _dataset(config, config.data.train_files, tokenizer)
-        eval_set = _dataset(config, config.data.eval_files, tokenizer) if config.data.eval_files else None
+        eval_set = None
+        if config.data.eval_files:
+            eval_set = _dataset(config, config.data.eval_files, tokenizer).first(config.data.eval_samples)
     target = load_target(
         config.target.path,
         revision=config.target.revision,
