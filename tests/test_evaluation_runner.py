@@ -103,12 +103,31 @@ def test_results_are_complete_and_consistent(config: EvalRun) -> None:
     assert not list(out.glob("rounds-rank*"))
 
 
-def test_a_finished_evaluation_decodes_nothing(config: EvalRun, decoded: list[int]) -> None:
+def test_a_finished_evaluation_decodes_nothing(
+    config: EvalRun, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = evaluate(config)
     assert sorted(decoded) == [1] * 4 + [2] * 8
     decoded.clear()
-    assert evaluate(config)["results"] == first["results"]
+    monkeypatch.setattr(runner, "machine", lambda: {"cpu": "another"})
+    assert evaluate(config) == first
     assert decoded == []
+
+
+def test_prompts_without_finite_logits_are_reported(
+    config: EvalRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.eval.temperatures, config.eval.sets, config.eval.baseline = [1.0], ["math"], False
+    original = SpeculativeEngine.generate
+
+    def generate(self: SpeculativeEngine, requests: list[Request]) -> list[Completion]:
+        completions = original(self, requests)
+        return [Completion([], [], "error"), *completions[1:]]
+
+    monkeypatch.setattr(SpeculativeEngine, "generate", generate)
+    metrics = evaluate(config)
+    assert metrics["results"][0]["sets"]["math"]["failed"] == 2
+    assert "2 prompts ended early because their logits were not finite" in capsys.readouterr().out
 
 
 def test_an_interrupted_evaluation_goes_on(

@@ -76,9 +76,17 @@ def _cautions(evaluations: Mapping[str, Metrics]) -> list[str]:
         values = {name: metrics["settings"].get(key) for name, metrics in evaluations.items()}
         if len({str(value) for value in values.values()}) > 1:
             differing.append(f"`{key}` ({', '.join(f'{name}: {value}' for name, value in values.items())})")
+    failed = {
+        name: sum(values.get("failed", 0) for result in metrics["results"] for values in result["sets"].values())
+        for name, metrics in evaluations.items()
+    }
+    notes = [f"> {name}: {count} prompts ended early, logits not finite." for name, count in failed.items() if count]
     if not differing:
-        return []
-    return [f"> The drafts were measured under different settings, so compare with care: {'; '.join(differing)}."]
+        return notes
+    return [
+        *notes,
+        f"> The drafts were measured under different settings, so compare with care: {'; '.join(differing)}.",
+    ]
 
 
 def _most(evaluations: Mapping[str, Metrics]) -> str:

@@ -7,6 +7,7 @@ slows the machine slows both and the speed-up is a ratio of pairs. Which way goe
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from deepspec.evaluation.plan import Chunk, Plan, make_plan, new_tokens
 from deepspec.evaluation.progress import EvaluationProgress, make_console
 from deepspec.evaluation.records import Decoding, Key, Record, RecordStore
 from deepspec.evaluation.sets import Prompt
-from deepspec.evaluation.summary import print_table, results_of, samples_of, write_results
+from deepspec.evaluation.summary import METRICS_FILE, print_table, results_of, samples_of, write_results
 from deepspec.targets import load_target
 
 WARM_UP_TOKENS = 8
@@ -65,12 +66,18 @@ def evaluate(config: EvalRun) -> dict[str, Any]:
             raise SystemExit(130) from None
     everything = found | {record.key: record for record in gather_object(made)}
     records = [everything[key] for key in wanted]
-    metrics = _metrics(config, plan, records)
+    metrics = _metrics(config, plan, records) | ({} if pending else _measured_on(store))
     if state.is_main_process:
         store.consolidate(records)
         decode = plan.tokenizer.decode
         samples = samples_of(records, plan.prompts, lambda ids: decode(ids, skip_special_tokens=True))
         write_results(config.output_dir, metrics, samples)
+        if failed := sum(values["failed"] for result in metrics["results"] for values in result["sets"].values()):
+            console.print(
+                f"{failed} prompts ended early because their logits were not finite; is a model damaged, or "
+                f"target.dtype={config.target.dtype} too narrow?",
+                soft_wrap=True,
+            )
         if not pending:
             console.print(f"all prompts were decoded before: results from {config.output_dir}", soft_wrap=True)
         print_table(metrics, console)
@@ -192,6 +199,18 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
     if config.eval.baseline:
         plain = SpeculativeEngine(target, slots=config.decode.batch_size, max_length=plan.max_length)
     return _Decoder(config, plan, speculative, plain)
+
+
+def _measured_on(store: RecordStore) -> dict[str, Any]:
+    """Machine, versions and command of the run that decoded what is there already."""
+    file = store.folder / METRICS_FILE
+    try:
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError:
+        earlier = {}
+    if earlier.get("settings_digest") != store.settings_digest:
+        return {}
+    return {key: earlier[key] for key in ("machine", "versions", "command")}
 
 
 def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record]) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def set_metrics(records: Sequence[Record], *, block_size: int, baseline: bool, r
         "rounds": len(rounds),
         "output_tokens": sum(len(completion.output_ids) for completion in completions),
         "stopped": sum(completion.finish_reason == "stop" for completion in completions),
+        "failed": sum(completion.finish_reason == "error" for completion in completions),
         "tau": ratio_estimate(*_tokens_and_rounds(records), resampler).as_dict(),
         "verify_rate": verify_rate(rounds),
         "cond_accept": cond_accept(rounds, block_size),
