@@ -71,7 +71,7 @@ class DSparkProposer:
         check_target(draft, target)
         self.draft = draft.eval()
         self.block_size = draft.block_size
-        self.layer_ids = draft.target_layer_ids
+        self.layer_ids: Sequence[int] = draft.target_layer_ids
         self.has_confidences = draft.confidence_head is not None
         self._layers = range(draft.config.num_hidden_layers)
         self._store: KeyValueStore | None = None
