@@ -43,6 +43,7 @@ class DraftConfig:
     markov_head_type: str = "vanilla"  # vanilla, gated or rnn
     confidence_head: bool = True  # predict whether each drafted token survives
     confidence_head_with_markov: bool = True  # the confidence head also reads the previous token's Markov embedding
+    start_from_target: bool = False  # begin as the target's last layers and final norm instead of random weights
     sliding_window: int | None = None  # a block sees only this many context tokens; null = all
 
 

@@ -42,7 +42,7 @@ def stages(options: DemoOptions) -> list[Stage]:
     out = options.output_dir
     small = options.size == "ci"
     train_overrides = ["train.steps=30", "train.save_steps=15", "train.eval_steps=30"] if small else []
-    eval_overrides = ["eval.limit=3", "decode.max_new_tokens=32"] if small else []
+    eval_overrides = ["eval.limit=4", "decode.max_new_tokens=32"] if small else []
     python = [sys.executable]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
     plan = [

@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TinyBatch
+from conftest import TinyBatch, tiny_draft_config, tiny_target_config
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from deepspec.drafts import DSparkModel
+from deepspec.config import ConfigError
+from deepspec.drafts import DSparkModel, build_draft
+from deepspec.targets import Target
 
 MakeDraft = Callable[..., DSparkModel]
 VARIANTS = [
@@ -136,3 +139,22 @@ def test_llama_layers_have_the_biases_the_target_has_and_no_head_norms(tiny_draf
     added = {name.removeprefix("layers.0.") for name in biased.keys() - plain.keys() if name.startswith("layers.0.")}
     attention = {f"self_attn.{name}_proj.bias" for name in "qkvo"}
     assert added == attention | {f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_a_draft_can_start_as_the_end_of_its_target(family: str) -> None:
+    torch.manual_seed(0)
+    config = tiny_target_config(family)
+    target = Target(AutoModelForCausalLM.from_config(config), "tiny")
+    draft = build_draft(tiny_draft_config(config), target)
+    before = draft.fc.weight.clone()
+    draft.start_from_target(target)
+    for mine, theirs in zip(draft.layers, target.decoder_layers[-len(draft.layers) :], strict=True):
+        torch.testing.assert_close(mine.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(draft.norm.weight, target.final_norm.weight)
+    added = draft.fc.weight - before
+    torch.testing.assert_close(added[:, -config.hidden_size :], torch.eye(config.hidden_size))
+    assert not added[:, : -config.hidden_size].any()
+    deep = build_draft(tiny_draft_config(config, num_layers=config.num_hidden_layers + 1), target)
+    with pytest.raises(ConfigError, match=f"draft.num_layers={config.num_hidden_layers + 1}: .* at most the target's"):
+        deep.start_from_target(target)

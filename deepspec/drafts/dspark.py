@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config, initialization
 
+from deepspec.config import ConfigError
 from deepspec.drafts.backbone import DraftLayer, KeyValue
 from deepspec.drafts.confidence import build_confidence_head
 from deepspec.drafts.configuration import DraftSettings
@@ -30,6 +31,13 @@ class TargetWeights(Protocol):
     @property
     def head_weight(self) -> Tensor:
         """[vocab, hidden]"""
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """In order."""
+
+    @property
+    def final_norm(self) -> nn.Module: ...
 
 
 class DSparkModel(PreTrainedModel):
@@ -101,6 +109,28 @@ class DSparkModel(PreTrainedModel):
                     f"{list(module.weight.shape)}: build the draft's config from this target"
                 )
             module.weight.copy_(weight)
+
+    @torch.no_grad()
+    def start_from_target(self, target: TargetWeights) -> None:
+        """Start as the target's last layers and final norm, reading its last captured layer as context.
+
+        The layers have the same parts under the same names, so the block passes through the end of the target from its
+        first step on and only has to learn what the skipped layers did.
+
+        Raises:
+            ConfigError: the draft has more layers than the target.
+        """
+        depth = len(self.layers)
+        if depth > len(target.decoder_layers):
+            raise ConfigError(
+                f"draft.num_layers={depth}: with draft.start_from_target it can be at most the target's "
+                f"{len(target.decoder_layers)} layers"
+            )
+        for mine, theirs in zip(self.layers, list(target.decoder_layers)[-depth:], strict=True):
+            mine.load_state_dict(theirs.state_dict())
+        self.norm.load_state_dict(target.final_norm.state_dict())
+        hidden = self.config.hidden_size
+        self.fc.weight[:, -hidden:] += torch.eye(hidden, device=self.fc.weight.device)
 
     def forward(
         self,

@@ -36,6 +36,10 @@ class TargetAdapter:
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
         return cls.decoder(model).layers
 
+    @classmethod
+    def final_norm(cls, model: PreTrainedModel) -> nn.Module:
+        return cls.decoder(model).norm
+
     @staticmethod
     def embedding(model: PreTrainedModel) -> nn.Embedding:
         return model.get_input_embeddings()

@@ -82,6 +82,14 @@ class Target:
         return self._head.weight
 
     @property
+    def decoder_layers(self) -> nn.ModuleList:
+        return self._layers
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.adapter.final_norm(self.model)
+
+    @property
     def fingerprint(self) -> str:
         """Identifies these weights: a draft records it and refuses any other target.
 

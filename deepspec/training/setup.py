@@ -55,6 +55,8 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     draft_config.target_fingerprint = target.fingerprint
     if checkpoint is None:
         draft = build_draft(draft_config, target, seed=config.seed)
+        if config.draft.start_from_target:
+            draft.start_from_target(target)
     else:
         draft = _in_aligned_memory(load_draft(checkpoint, dtype=torch.float32, target=target))
     return Materials(
