@@ -46,11 +46,12 @@ def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -
         validate(run)
         return task(run)
 
+    mistakes = (ConfigError, DataError, CheckpointError, FileNotFoundError, HydraException, OmegaConfBaseException)
     traceback_wanted = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them
     try:
         main()
-    except (ConfigError, DataError, CheckpointError, FileNotFoundError, HydraException, OmegaConfBaseException) as error:
+    except mistakes as error:
         if traceback_wanted:
             raise
         print(f"error: {explain(error, schema)}", file=sys.stderr)
