@@ -3,7 +3,7 @@
     python -m benchmarks.decode_cpu checkpoint=outputs/demo/smoke [repeats=5] [prompts=8] [max_new_tokens=64]
 
 Each repeat decodes the same prompts in every way, one after the other, so a slow spell of the machine hits all of them.
-Printed and written as JSON: median, smallest and largest tokens/s, and the ratio to `transformers` generate pair by pair.
+Printed and written as JSON: median, smallest and largest tokens/s, and the ratio to `transformers` generate by pairs.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ class TokenizerOptions:
 def main(options: TokenizerOptions) -> None:
     folder, corpus = Path(options.folder), Path(options.corpus)
     if not (folder / "tokenizer.json").is_file():
-        tokenizer = train_tokenizer(texts_of(corpus / "train.jsonl"), options.vocab_size)
+        trained = train_tokenizer(texts_of(corpus / "train.jsonl"), options.vocab_size)
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(folder)
-        print(f"tokenizer: trained {len(tokenizer)} tokens into {folder}")
+        trained.save_pretrained(folder)
+        print(f"tokenizer: trained {len(trained)} tokens into {folder}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     characters = tokens = 0
     for place, row in read_jsonl(corpus / "heldout.jsonl"):

@@ -78,7 +78,7 @@ def run_stage(stage: Stage, environment: dict[str, str]) -> tuple[float, float]:
         peak = max(peak, tree_memory(process.pid))
         time.sleep(0.5)
     if process.returncode:
-        console.print(f"[red]stage '{stage.title}' failed[/] with status {process.returncode}; finished stages are kept")
+        console.print(f"[red]stage '{stage.title}' failed[/] (status {process.returncode}); finished stages are kept")
         raise SystemExit(process.returncode)
     return time.monotonic() - started, peak / 2**30
 

@@ -20,7 +20,9 @@ TURNS = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "c
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(["What is 2 + 3?", "2 + 3 = 5.", "Complete this function: def add(a, b): return a + b"] * 3, 300)
+    return train_tokenizer(
+        ["What is 2 + 3?", "2 + 3 = 5.", "Complete this function: def add(a, b): return a + b"] * 3, 300
+    )
 
 
 def written(path, rows):
@@ -134,7 +136,7 @@ def test_short_samples_are_dropped_and_none_left_is_an_error(tokenizer, tmp_path
     with caplog.at_level(logging.WARNING):
         assert len(dataset(path, tokenizer, tmp_path, min_supervised_tokens=5)) == 1
     assert "1 of 2 samples have fewer than data.min_supervised_tokens=5" in caplog.text
-    with pytest.raises(DataError, match="no sample is left: all 2 have fewer than data.min_supervised_tokens=60"):
+    with pytest.raises(DataError, match=r"no sample is left: all 2 have fewer than data\.min_supervised_tokens=60"):
         dataset(path, tokenizer, tmp_path, min_supervised_tokens=60)
 
 
@@ -190,17 +192,21 @@ def test_order_does_not_depend_on_ranks_or_micro_batches_or_a_resume():
 
 
 def test_indivisible_batch_is_refused():
-    with pytest.raises(ValueError, match="must be a multiple of train.micro_batch_size=3 times the 2 ranks"):
+    with pytest.raises(ValueError, match=r"must be a multiple of train\.micro_batch_size=3 times the 2 ranks"):
         StepSampler(9, global_batch_size=8, micro_batch_size=3, rank=0, world_size=2, seed=0, start_step=0, steps=1)
 
 
 def test_sampler_survives_a_data_loader_with_workers():
-    sampler = StepSampler(5, global_batch_size=2, micro_batch_size=2, rank=0, world_size=1, seed=0, start_step=0, steps=3)
+    sampler = StepSampler(
+        5, global_batch_size=2, micro_batch_size=2, rank=0, world_size=1, seed=0, start_step=0, steps=3
+    )
     rows = [Sample(i, 0, str(i), [i], [1]) for i in range(5)]
 
     class Rows(torch.utils.data.Dataset):
         def __getitem__(self, key):
             return rows[key[0]]
 
-    loader = torch.utils.data.DataLoader(Rows(), batch_sampler=sampler, collate_fn=lambda samples: [s.index for s in samples])
+    loader = torch.utils.data.DataLoader(
+        Rows(), batch_sampler=sampler, collate_fn=lambda samples: [s.index for s in samples]
+    )
     assert list(loader) == [[index for index, _ in keys] for keys in sampler]

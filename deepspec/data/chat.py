@@ -44,17 +44,25 @@ def render_conversation(
             "the tokenizer's chat template has no {% generation %} ... {% endgeneration %} markers, so assistant "
             "tokens cannot be told from the prompt; give one that has them with data.chat_template=FILE.jinja"
         )
-    encoded = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **(template_options or {})
-    )
-    return Rendered(list(encoded["input_ids"]), list(encoded["assistant_masks"]))
+    encoded = _apply_template(tokenizer, messages, template_options, return_assistant_tokens_mask=True)
+    return Rendered(encoded["input_ids"], encoded["assistant_masks"])
 
 
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template_options: Mapping[str, Any] | None = None
 ) -> list[int]:
     """Render the turns so far, followed by the opening of the assistant's next turn. Returns token ids."""
-    encoded = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, add_generation_prompt=True, **(template_options or {})
+    return _apply_template(tokenizer, messages, template_options, add_generation_prompt=True)["input_ids"]
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template_options: Mapping[str, Any] | None,
+    **switches: bool,
+) -> dict[str, list[int]]:
+    options = {**switches, **(template_options or {})}
+    encoded: Any = tokenizer.apply_chat_template(
+        [dict(message) for message in messages], tokenize=True, return_dict=True, **options
     )
-    return list(encoded["input_ids"])
+    return {name: list(values) for name, values in encoded.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -34,15 +36,15 @@ class TargetAdapter:
 
     @classmethod
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        return cls.decoder(model).layers
+        return cast(nn.ModuleList, cls.decoder(model).layers)
 
     @classmethod
     def final_norm(cls, model: PreTrainedModel) -> nn.Module:
-        return cls.decoder(model).norm
+        return cast(nn.Module, cls.decoder(model).norm)
 
     @staticmethod
     def embedding(model: PreTrainedModel) -> nn.Embedding:
-        return model.get_input_embeddings()
+        return cast(nn.Embedding, model.get_input_embeddings())
 
     @staticmethod
     def head(model: PreTrainedModel) -> nn.Linear:

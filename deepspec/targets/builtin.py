@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from datasets import Dataset
+from torch import nn
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -104,8 +105,9 @@ def train_builtin_target(folder: Path, corpus: Path, recipe: TargetRecipe, save_
     rows = pack_conversations(tokenizer, corpus / "train.jsonl", recipe.length)
     torch.manual_seed(recipe.seed)
     model = Qwen3ForCausalLM(builtin_config(tokenizer))
+    checkpoints = folder / "checkpoints"
     arguments = TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
+        output_dir=str(checkpoints),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
         learning_rate=recipe.lr,
@@ -123,14 +125,14 @@ def train_builtin_target(folder: Path, corpus: Path, recipe: TargetRecipe, save_
         dataloader_pin_memory=False,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=default_data_collator)
-    checkpoints = Path(arguments.output_dir)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
     finish_target(folder, corpus, recipe, model)
 
 
 def finish_target(folder: Path, corpus: Path, recipe: TargetRecipe, model: Qwen3ForCausalLM) -> None:
     """Save the trained weights and, last, the record that makes the folder valid."""
-    model.to(torch.bfloat16).save_pretrained(folder)
+    nn.Module.to(model, torch.bfloat16)
+    model.save_pretrained(folder)
     reloaded, tokenizer = load_builtin(folder)
     record = {
         "recipe": asdict(recipe),

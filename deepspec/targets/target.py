@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -197,7 +198,7 @@ def load_target(
     """
     resolved = resolve_path(path)
     adapter_for(AutoConfig.from_pretrained(resolved, revision=revision), path)
-    model = AutoModelForCausalLM.from_pretrained(resolved, revision=revision, dtype=dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(resolved, revision=revision, dtype=dtype)
     return Target(model.to(device), name_or_path=path, revision=revision)
 
 
