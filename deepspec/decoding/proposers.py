@@ -69,6 +69,12 @@ class DSparkProposer:
             ValueError: the draft was not made for this target.
         """
         check_target(draft, target)
+        deepest = max(draft.target_layer_ids)
+        if deepest >= target.num_layers:
+            raise ValueError(
+                f"this draft reads layers up to {deepest}, but target {target.name_or_path} has {target.num_layers} "
+                "(numbered from 0); load the target it was trained for"
+            )
         self.draft = draft.eval()
         self.block_size = draft.block_size
         self.layer_ids: Sequence[int] = draft.target_layer_ids

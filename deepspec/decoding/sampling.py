@@ -25,6 +25,7 @@ class SamplingSettings:
     greedy: Tensor  # bool [rows, 1, 1]
     top_k: Tensor  # long [rows, 1, 1], the vocabulary size where off
     top_p: Tensor  # [rows, 1, 1], 1 where off
+    truncated: Tensor  # bool [rows, 1, 1], where top-k or top-p is on
     all_greedy: bool
     any_greedy: bool
     any_scaled: bool
@@ -45,27 +46,29 @@ class SamplingSettings:
             return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
         sampled = [t > 0 for t in temperatures]
+        truncated = [s and bool(k or p < 1) for s, k, p in zip(sampled, top_ks, top_ps, strict=True)]
         return cls(
             temperature=column([max(t, SMALLEST_TEMPERATURE) if t > 0 else 1.0 for t in temperatures], torch.float32),
             greedy=column([not s for s in sampled], torch.bool),
             top_k=column([min(k, vocab) or vocab for k in top_ks], torch.long),
             top_p=column(top_ps, torch.float32),
+            truncated=column(truncated, torch.bool),
             all_greedy=not any(sampled),
             any_greedy=not all(sampled),
             any_scaled=any(t not in (0.0, 1.0) for t in temperatures),
-            any_truncated=any(s and (k or p < 1) for s, k, p in zip(sampled, top_ks, top_ps, strict=True)),
+            any_truncated=any(truncated),
         )
 
 
 def probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """Distribution after temperature, then top-k, then top-p, in float32: [rows, tokens, vocab] -> same shape.
 
-    Ties at the top-k border are kept; top-p keeps the smallest set of most likely tokens whose mass reaches p.
+    Top-p keeps the smallest set of most likely tokens whose mass reaches p. Ties at the border of either are kept.
     """
     logits = logits.float()
     result = torch.softmax(logits / settings.temperature if settings.any_scaled else logits, dim=-1)
     if settings.any_truncated:
-        result = _truncate(result, settings)
+        result = torch.where(settings.truncated, _truncate(result, settings), result)
     if settings.any_greedy:
         one_hot = torch.zeros_like(result).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         result = torch.where(settings.greedy, one_hot, result)

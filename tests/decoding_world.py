@@ -1,0 +1,68 @@
+"""What the decoding tests share: tiny targets and drafts, exact probabilities, and a G-test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from conftest import tiny_draft_config, tiny_target_config
+from scipy.stats import power_divergence
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from deepspec.drafts import DSparkModel, build_draft
+from deepspec.targets import Target
+
+
+def random_target(family: str = "qwen3", *, seed: int = 0, scale: float = 0.4, **changes) -> Target:
+    """An untrained target whose output depends sharply on every token it reads."""
+    config = tiny_target_config(family, initializer_range=scale, **changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Target(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), f"random {family}")
+
+
+def random_draft(target: Target, *, seed: int = 1, scale: float = 0.3, **changes) -> DSparkModel:
+    """An untrained draft of that target in which no weight is zero or one, so that nothing hides."""
+    draft = build_draft(tiny_draft_config(target.config, **changes), target, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in draft.trainable_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else scale * noise)
+    return draft
+
+
+def warped(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Float64 probabilities after the warpers of Transformers' `generate`: [rows, vocab] -> same shape."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    return torch.softmax(warpers(torch.zeros(len(logits), 1, dtype=torch.long), logits.double()), dim=-1)
+
+
+def g_test(outcomes: Tensor | Sequence[int], probabilities: Tensor) -> float:
+    """The p-value of observed outcomes (indices into `probabilities`, flattened) under exact probabilities.
+
+    Cells that expect fewer than 5 are pooled. An outcome of probability 0 is impossible: p-value 0.
+    """
+    expected = probabilities.double().flatten().numpy()
+    counts = np.bincount(np.asarray(outcomes).ravel(), minlength=len(expected)).astype(float)
+    if counts[expected == 0].any():
+        return 0.0
+    expected = expected / expected.sum() * counts.sum()
+    rare = expected < 5
+    if rare.any():
+        counts = np.append(counts[~rare], counts[rare].sum())
+        expected = np.append(expected[~rare], expected[rare].sum())
+    possible = expected > 0
+    return float(power_divergence(counts[possible], expected[possible], lambda_="log-likelihood").pvalue)
