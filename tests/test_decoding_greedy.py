@@ -1,0 +1,73 @@
+"""Greedy output equals `generate` of Transformers token for token, whatever is proposed, however rows are batched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import GOLDENS
+from decoding_world import random_draft, random_target
+
+from deepspec import load_draft
+from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+
+PROMPTS, LONGEST = 50, 30
+
+
+@pytest.fixture(scope="module", params=["qwen3_trained_draft", "llama_random_draft"])
+def case(request, golden_target):
+    """Target, draft, greedy requests of mixed lengths, and what Transformers generates."""
+    if request.param == "qwen3_trained_draft":
+        target, new_tokens = golden_target, 20
+        draft = load_draft(GOLDENS / "ckpt_dspark_rnn")
+    else:
+        target, new_tokens = random_target("llama"), 8
+        draft = random_draft(target)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, LONGEST + 1, (PROMPTS,), generator=generator).tolist()
+    prompts = [torch.randint(0, target.vocab_size, (n,), generator=generator).tolist() for n in lengths]
+    requests = [Request(prompt, new_tokens) for prompt in prompts]
+    return target, draft, requests, [generated(target, prompt, new_tokens) for prompt in prompts]
+
+
+def generated(target, prompt: list[int], new_tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = target.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("slots", [1, 3, 8])
+def test_greedy_output_equals_generate(case, slots):
+    target, draft, requests, expected = case
+    engine = SpeculativeEngine(target, DSparkProposer(draft, target), slots=slots, max_length=LONGEST + 20 + 7)
+    completions = engine.generate(requests)
+    assert [completion.output_ids for completion in completions] == expected
+    assert len({tuple(output) for output in expected}) > PROMPTS // 2  # not a target that says one thing
+    assert any(r.accepted for completion in completions for r in completion.rounds)
+
+
+def test_plain_decoding_equals_generate(case):
+    target, _, requests, expected = case
+    completions = SpeculativeEngine(target, slots=8, max_length=LONGEST + 20).generate(requests)
+    assert [completion.output_ids for completion in completions] == expected
+    assert all(
+        (r.proposed, r.accepted, r.emitted) == (0, 0, 1) for completion in completions for r in completion.rounds
+    )
+
+
+def test_greedy_rows_beside_sampled_rows_are_still_greedy(case):
+    target, draft, requests, expected = case
+    engine = SpeculativeEngine(target, DSparkProposer(draft, target), slots=4, max_length=60)
+    completions = engine.generate(
+        [replace(request, temperature=float(i % 2)) for i, request in enumerate(requests[:12])]
+    )
+    assert [completion.output_ids for completion in completions][::2] == expected[:12:2]
+    assert [completion.output_ids for completion in completions][1::2] != expected[1:12:2]
