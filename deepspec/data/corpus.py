@@ -137,13 +137,18 @@ def _passages(text: str) -> Iterator[list[str]]:
 
 
 def topic_conversations() -> Iterator[Conversation]:
-    """Questions about the language reference: each passage of a topic answers one question that names its start."""
+    """Questions about the language reference: each passage of a topic answers one question that names its start.
+
+    Topics share passages; the first topic keeps them, so that no answer stands on both sides of the split.
+    """
+    seen: set[str] = set()
     for topic, text in sorted(pydoc_data.topics.topics.items()):
         for index, passage in enumerate(_passages(text)):
             answer = "\n\n".join(passage)
             start = " ".join(answer.split()[:6])
             question = f'What does the Python reference say about "{topic}", beginning with "{start}"?'
-            if len(answer) >= MIN_ANSWER_CHARS:
+            if len(answer) >= MIN_ANSWER_CHARS and answer not in seen:
+                seen.add(answer)
                 yield Conversation(f"chat-topic-{topic}-{index}", "chat", f"topic:{topic}", question, answer)
 
 
