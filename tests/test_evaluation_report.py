@@ -114,6 +114,8 @@ def test_report_says_what_was_measured(tmp_path: Path) -> None:
     assert "**DFlash** emits" in headline
     assert f"| {greedy['sets']['chat']['cond_accept'][4]:.2f} | " in text
     assert f"| DSpark | 1 | {100 * hot['reliability']['ece']:.1f}% | {hot['reliability']['auc']:.3f} |" in text
+    predicted = " | ".join(f"{position['predicted']:.2f}" for position in hot["reliability"]["positions"])
+    assert f"| DSpark, 1 | predicted | {predicted} |" in text
     assert "the most is 6" in text
     assert "DSpark 100.0%, DFlash 100.0%" in text
     assert "accelerate launch train.py recipes=smoke train.steps=200" in text

@@ -10,6 +10,7 @@ from deepspec.evaluation.statistics import (
     Pace,
     Resampler,
     cond_accept,
+    cond_accept_estimates,
     macro_estimate,
     ratio_estimate,
     reliability,
@@ -42,6 +43,14 @@ def test_conditional_acceptance_and_survival_differ() -> None:
     assert survival(ROUNDS, 3) == [3 / 4, 2 / 4, 1 / 3]
 
 
+def test_conditional_acceptance_by_prompt_has_intervals_and_counts() -> None:
+    first, second, third = cond_accept_estimates([ROUNDS[:2], ROUNDS[2:]], 3, Resampler(400))
+    assert [first["value"], second["value"], third["value"]] == cond_accept(ROUNDS, 3)
+    assert [first["rounds"], second["rounds"], third["rounds"]] == [4, 3, 1]
+    assert (first["low"], first["high"]) == (0.5, 1.0)  # one prompt kept both first tokens, the other one of two
+    assert cond_accept_estimates([[Round(2, 0, 1, None)]], 2, Resampler(10))[1]["value"] is None
+
+
 def test_a_slot_that_was_never_proposed_has_no_rate() -> None:
     assert cond_accept(ROUNDS, 4)[3] is None
     assert survival(ROUNDS, 4)[3] is None
@@ -58,6 +67,20 @@ def test_ratio_interval_agrees_with_normal_theory() -> None:
     assert estimate.high is not None
     half = 1.96 * tokens.std() / 10 / 20
     assert estimate.high - estimate.low == pytest.approx(2 * half, rel=0.08)
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(11)
+    experiments, covered = 400, 0
+    for _ in range(experiments):
+        skill = rng.beta(6, 3, 60)  # prompts differ: mean acceptance 2/3
+        rounds = rng.integers(20, 60, 60)
+        tokens = rounds + rng.binomial(rounds, skill)
+        estimate = ratio_estimate(tokens.tolist(), rounds.tolist(), Resampler(400))
+        assert estimate.low is not None
+        assert estimate.high is not None
+        covered += estimate.low <= 1 + 2 / 3 <= estimate.high
+    assert 0.91 <= covered / experiments <= 0.98
 
 
 def test_long_prompts_weigh_more() -> None:
@@ -118,6 +141,12 @@ def test_reliability_uses_slots_whose_earlier_tokens_were_accepted() -> None:
     assert by_low[0.9]["observed"] == 1.0
     assert by_low[0.3]["observed"] == 0.0
     assert result["ece"] == pytest.approx((4 * 0.1 + 0.2 + 0.3 + 0.3 + 0.4) / 8)
+    first, second, third = result["positions"]
+    assert [first["slots"], second["slots"], third["slots"]] == [4, 3, 1]
+    assert (first["predicted"], first["observed"]) == (pytest.approx(3.1 / 4), 3 / 4)
+    assert first["ece"] == pytest.approx((3 * 0.1 + 0.4) / 4)
+    assert first["auc"] == second["auc"] == 1.0
+    assert (third["k"], third["observed"], third["auc"]) == (3, 1.0, None)
 
 
 def test_reliability_of_drafts_without_confidences_and_of_one_outcome() -> None:

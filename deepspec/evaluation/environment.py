@@ -53,5 +53,7 @@ def cpu_name() -> str:
 def command_line() -> str:
     """The command of this process, as it can be typed in the project's root."""
     script = Path(sys.argv[0])
-    launcher = "accelerate launch" if "LOCAL_RANK" in os.environ else "python"
+    launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "python"
+    if (ranks := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        launcher = f"accelerate launch --num_processes {ranks}"
     return f"{launcher} {shlex.join([script.name, *sys.argv[1:]])}"

@@ -34,6 +34,7 @@ LOSSES = {
     "tv": "L1 distance between draft and target (0 to 2)",
 }
 EXPECTED_TAU = "tau"
+FEW_ROUNDS = 30
 
 Evaluations = Mapping[str, Mapping[str, Any]]  # draft name -> metrics.json
 
@@ -47,9 +48,10 @@ def _figure(path: Path, width: float, height: float, title: str) -> Iterator[Fig
         figure.savefig(path)
 
 
-def _legend(figure: Figure, axes: Axes, columns: int) -> None:
+def _legend(figure: Figure, axes: Axes, columns: int, note: str | None = None) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, title=note)
+    legend.get_title().set(fontsize=9, color=MUTED)
 
 
 def temperatures_of(evaluations: Evaluations) -> list[float]:
@@ -148,21 +150,29 @@ def plot_acceptance(evaluations: Evaluations, path: Path) -> None:
                 for number, (draft, metrics) in enumerate(evaluations.items()):
                     measured = set_at(metrics, temperature, name)
                     if measured:
-                        _line(axes, measured["cond_accept"], draft, number)
+                        _acceptance_line(axes, measured, draft, number, len(evaluations))
                 axes.set_ylim(0, 1.03)
                 axes.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axes.set_xlabel("position k in the block")
                 if place % columns == 0:
                     axes.set_ylabel("cond_accept@k")
-        _legend(figure, grid[0, 0], len(evaluations))
+        note = f"Bars: 95% intervals over prompts. Pale: fewer than {FEW_ROUNDS} rounds came that far."
+        _legend(figure, grid[0, 0], len(evaluations), note)
 
 
-def _line(axes: Axes, rates: Sequence[float | None], draft: str, number: int) -> None:
-    known = [(k, rate) for k, rate in enumerate(rates, start=1) if rate is not None]
+def _acceptance_line(axes: Axes, measured: Mapping[str, Any], draft: str, number: int, of: int) -> None:
+    """A line with 95% intervals; drafts stand side by side, and what few rounds reached is pale."""
     colour, marker = PALETTE[number % len(PALETTE)], MARKERS[number % len(MARKERS)]
-    axes.plot(
-        [k for k, _ in known], [rate for _, rate in known], color=colour, marker=marker, markersize=5, label=draft
-    )
+    shift = (number - (of - 1) / 2) * 0.14
+    known = [(k + shift, at) for k, at in enumerate(measured["cond_accept_estimates"], 1) if at["value"] is not None]
+    solid = [(x, at) for x, at in known if at["rounds"] >= FEW_ROUNDS]
+    axes.plot([x for x, _ in known], [at["value"] for _, at in known], color=colour, alpha=0.25)
+    axes.plot([x for x, _ in solid], [at["value"] for _, at in solid], color=colour, marker=marker, label=draft)
+    for x, at in known:
+        strength = 1.0 if at["rounds"] >= FEW_ROUNDS else 0.3
+        axes.plot([x], [at["value"]], color=colour, marker=marker, alpha=strength, clip_on=False)
+        if at["low"] is not None:
+            axes.vlines(x, at["low"], at["high"], color=colour, linewidth=1.2, alpha=strength)
 
 
 def plot_training(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -215,7 +225,7 @@ def plot_reliability(evaluations: Evaluations, path: Path) -> bool:
         return False
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
-    title = "Does the confidence head know?"
+    title = "Confidence and what was accepted"
     with _figure(path, max(5.4, 0.8 + 4.0 * columns), 0.6 + 4.6 * rows, title) as figure:
         grid = figure.subplots(2 * rows, columns, squeeze=False, sharex=True, height_ratios=[3.2, 1] * rows)
         for axes in grid.flat:

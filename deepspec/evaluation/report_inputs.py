@@ -53,6 +53,10 @@ def _read_metrics(file: Path) -> dict[str, Any]:
         raise DataError(f"{file}: damaged ({error}); run eval.py again") from error
     if not isinstance(metrics, dict) or not metrics.get("results"):
         raise DataError(f"{file}: holds no results of eval.py; give its output_dir")
+    if any(
+        "cond_accept_estimates" not in values for result in metrics["results"] for values in result["sets"].values()
+    ):
+        raise DataError(f"{file}: written by an earlier version; run eval.py again, which decodes nothing anew")
     return metrics
 
 

@@ -180,7 +180,21 @@ def _confidence(evaluations: Mapping[str, Metrics]) -> str:
         for name, temperature, m in confident(evaluations)
     ]
     intro = "How well the confidence head predicts that a token is accepted once all before it were; all sets together."
-    return f"{intro}\n\n{_table(['draft', 'temperature', 'calibration error (ECE)', 'AUC', 'tokens'], rows)}"
+    table = _table(["draft", "temperature", "calibration error (ECE)", "AUC", "tokens"], rows)
+    return "\n\n".join([intro, table, _confidence_by_position(evaluations)])
+
+
+def _confidence_by_position(evaluations: Mapping[str, Metrics]) -> str:
+    """Mean confidence and share accepted, for each position."""
+    measured = [(name, temperature, m["positions"]) for name, temperature, m in confident(evaluations)]
+    last = max(position["k"] for _, _, positions in measured for position in positions)
+    rows = []
+    for name, temperature, positions in measured:
+        of_k = {position["k"]: position for position in positions}
+        for title, key in (("predicted", "predicted"), ("accepted", "observed")):
+            rates = [show_number(of_k[k][key]) if k in of_k else "-" for k in range(1, last + 1)]
+            rows.append([f"{name}, {temperature:g}", title, *rates])
+    return _table(["draft, temperature", "mean", *(f"@{k}" for k in range(1, last + 1))], rows)
 
 
 def _picture(file: str, pictures: Mapping[str, str]) -> str:

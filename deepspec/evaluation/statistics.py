@@ -107,6 +107,23 @@ def ratio_estimate(numerators: Sequence[float], denominators: Sequence[float], r
     return _estimate(value, resampler.ratios(numerators, denominators), len(numerators))
 
 
+def cond_accept_estimates(
+    prompts: Sequence[Sequence[Round]], block_size: int, resampler: Resampler
+) -> list[dict[str, Any]]:
+    """`cond_accept@k` for k = 1..block_size with its interval, and `rounds`, how many of them it is a share of.
+
+    Args:
+        prompts: the rounds of each prompt.
+    """
+    positions = []
+    for k in _slots(block_size):
+        reached = [[r for r in rounds if r.proposed >= k and r.accepted >= k - 1] for rounds in prompts]
+        accepted = [float(sum(r.accepted >= k for r in rounds)) for rounds in reached]
+        estimate = ratio_estimate(accepted, [float(len(rounds)) for rounds in reached], resampler)
+        positions.append({"rounds": sum(map(len, reached)), **estimate.as_dict()})
+    return positions
+
+
 def macro_estimate(sets: Sequence[tuple[Sequence[float], Sequence[float]]], resampler: Resampler) -> Estimate:
     """The mean over sets of sum(numerators) / sum(denominators); each set is resampled independently.
 
@@ -161,16 +178,28 @@ def reliability(rounds: Sequence[Round], bins: int = 10) -> dict[str, Any] | Non
     Returns:
         `slots` counted; `ece`, the expected calibration error sum_b n_b/n |observed_b - predicted_b|; `auc`, the area
         under the ROC curve (None when all slots had the same outcome); `bins`, the non-empty ones with `low`, `high`,
-        `count`, `predicted` and `observed` means. None when no round has confidences.
+        `count`, `predicted` and `observed` means; `positions`, the same figures for each k that was reached, with `k`
+        and without bins. None when no round has confidences.
     """
-    pairs = [
-        (confidence, r.accepted >= k)
+    slots = [
+        (k, confidence, r.accepted >= k)
         for r in rounds
         for k, confidence in enumerate((r.confidences or [])[: min(r.proposed, r.accepted + 1)], start=1)
     ]
-    if not pairs:
+    if not slots:
         return None
-    predicted, observed = (np.array(column, dtype=np.float64) for column in zip(*pairs, strict=True))
+    ks, predicted, observed = (np.array(column, dtype=np.float64) for column in zip(*slots, strict=True))
+    rows = _bins(predicted, observed, bins)
+    positions = []
+    for k in np.unique(ks):
+        here, there = predicted[ks == k], observed[ks == k]
+        means = {"predicted": float(here.mean()), "observed": float(there.mean())}
+        positions.append({"k": int(k), "slots": len(here), **means, **_trust(here, there, _bins(here, there, bins))})
+    return {"slots": len(slots), **_trust(predicted, observed, rows), "bins": rows, "positions": positions}
+
+
+def _bins(predicted: Floats, observed: Floats, bins: int) -> list[dict[str, Any]]:
+    """Means of both over the slots whose prediction falls into each bin, empty bins left out."""
     place = np.minimum((predicted * bins).astype(int), bins - 1)
     rows = []
     for b in range(bins):
@@ -178,6 +207,10 @@ def reliability(rounds: Sequence[Round], bins: int = 10) -> dict[str, Any] | Non
         if chosen.any():
             means = {"predicted": float(predicted[chosen].mean()), "observed": float(observed[chosen].mean())}
             rows.append({"low": b / bins, "high": (b + 1) / bins, "count": int(chosen.sum()), **means})
-    ece = sum(row["count"] * abs(row["observed"] - row["predicted"]) for row in rows) / len(pairs)
-    auc = float(roc_auc_score(observed, predicted)) if 0 < observed.sum() < len(pairs) else None
-    return {"slots": len(pairs), "ece": ece, "auc": auc, "bins": rows}
+    return rows
+
+
+def _trust(predicted: Floats, observed: Floats, rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    ece = sum(row["count"] * abs(row["observed"] - row["predicted"]) for row in rows) / len(predicted)
+    auc = float(roc_auc_score(observed, predicted)) if 0 < observed.sum() < len(observed) else None
+    return {"ece": ece, "auc": auc}

@@ -18,6 +18,7 @@ from deepspec.evaluation.statistics import (
     Pace,
     Resampler,
     cond_accept,
+    cond_accept_estimates,
     macro_estimate,
     ratio_estimate,
     reliability,
@@ -96,6 +97,8 @@ def set_metrics(records: Sequence[Record], *, block_size: int, baseline: bool, r
         metrics["speedup"] = speedup_estimate([_pace(records)], resampler).as_dict()
         if records[0].temperature == 0:
             metrics["identical_to_plain"] = _identical(records)
+    of_prompts = [completion.rounds for completion in completions]
+    metrics["cond_accept_estimates"] = cond_accept_estimates(of_prompts, block_size, resampler)
     return metrics
 
 
