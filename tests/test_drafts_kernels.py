@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspec.kernels.attention import block_attention, block_attention_joint, block_attention_masked
+from deepspec.kernels.attention import (
+    block_attention,
+    block_attention_joint,
+    block_attention_masked,
+    block_attention_single,
+)
 from deepspec.kernels.losses import vocabulary_losses, vocabulary_losses_reference
 
 
@@ -27,6 +32,15 @@ def test_joint_attention_equals_masked_attention(context: int) -> None:
     gradients = [torch.autograd.grad(output, tensors, upstream) for output in (fast, plain)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("context", [0, 7])
+def test_attention_of_a_single_block_equals_masked_attention(context: int) -> None:
+    tensors, visible = attention_inputs(context)
+    for block in range(3):
+        query, key, value = (tensors[i][:, :, block : block + 1] for i in (0, 3, 4))
+        inputs = query, tensors[1], tensors[2], key, value, visible[:, block : block + 1], 0.3
+        torch.testing.assert_close(block_attention_single(*inputs), block_attention_masked(*inputs))
 
 
 def test_large_scores_do_not_overflow() -> None:

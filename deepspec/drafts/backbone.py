@@ -29,7 +29,7 @@ class DraftAttention(nn.Module):
         self.k_norm = family.norm(self.head_dim, eps=config.rms_norm_eps) if family.query_key_norm else None
 
     def key_values(self, states: Tensor, rotation: Rotation) -> KeyValue:
-        """Keys and values of context or block states [batch, tokens, hidden]."""
+        """Keys and values of context states [batch, tokens, hidden]."""
         keys = self._split(self.k_proj(states), self.k_norm)
         _, keys = self.apply_rotary(keys[:, :0], keys, *rotation)
         return keys, self._split(self.v_proj(states), None)
@@ -48,9 +48,10 @@ class DraftAttention(nn.Module):
         """
         blocks = hidden.shape[1:3]
         flat = hidden.flatten(1, 2)
-        queries = self._split(self.q_proj(flat), self.q_norm)
-        queries, _ = self.apply_rotary(queries, queries[:, :0], *rotation)
-        keys, values = self.key_values(flat, rotation)
+        queries, keys = self.apply_rotary(
+            self._split(self.q_proj(flat), self.q_norm), self._split(self.k_proj(flat), self.k_norm), *rotation
+        )
+        values = self._split(self.v_proj(flat), None)
         attended = block_attention(
             queries.unflatten(2, blocks),
             *context,

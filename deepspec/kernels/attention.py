@@ -37,6 +37,8 @@ def block_attention(
     Returns:
         [batch, heads, blocks, slots, head_dim]
     """
+    if query.shape[2] == 1 and not torch.is_grad_enabled():
+        return block_attention_single(query, context_key, context_value, block_key, block_value, visible, scale)
     if query.device.type == "cpu":
         return block_attention_joint(query, context_key, context_value, block_key, block_value, visible, scale)
     return block_attention_masked(query, context_key, context_value, block_key, block_value, visible, scale)
@@ -67,6 +69,29 @@ def block_attention_masked(
         scale=scale,
     )
     return attended.view_as(query)
+
+
+def block_attention_single(
+    query: Tensor,
+    context_key: Tensor,
+    context_value: Tensor,
+    block_key: Tensor,
+    block_value: Tensor,
+    visible: Tensor,
+    scale: float,
+) -> Tensor:
+    """`block_attention` of one block per sequence, without gradients: a step of decoding.
+
+    Reads the context where it lies; only scores are put together, never keys or values.
+    """
+    batch, heads, _, slots, head_dim = query.shape
+    kv_heads, context = context_key.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * slots, head_dim) * scale
+    over_context = (grouped @ context_key.transpose(-1, -2)).masked_fill(~visible[:, None], HIDDEN_SCORE)
+    over_block = grouped @ block_key[:, :, 0].transpose(-1, -2)
+    weights = torch.cat([over_context, over_block], dim=-1).softmax(-1)
+    attended = weights[..., :context] @ context_value + weights[..., context:] @ block_value[:, :, 0]
+    return attended.view(query.shape)
 
 
 def block_attention_joint(
