@@ -2,8 +2,9 @@
 
     python -m benchmarks.decode_cpu checkpoint=outputs/demo/smoke [repeats=5] [prompts=8] [max_new_tokens=64]
 
-Each repeat decodes the same prompts in every way, one after the other, so a slow spell of the machine hits all of them.
-Printed and written as JSON: median, smallest and largest tokens/s, and the ratio to `transformers` generate by pairs.
+Each repeat decodes the same prompts in every way, one after the other, so a slow spell of the machine hits all of them;
+ratios are taken within a repeat. Printed and written as JSON: median, smallest and largest tokens/s and ratios, tokens
+per round (tau), and how long the parts of a round take.
 """
 
 from __future__ import annotations
@@ -22,14 +23,33 @@ from transformers.utils import logging as transformers_logging
 
 from deepspec import load_draft
 from deepspec.arguments import run_command
-from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, Timing
 from deepspec.evaluation.environment import command_line, machine, versions
 from deepspec.evaluation.sets import load_set
 from deepspec.files import write_atomically
 from deepspec.targets import Target, load_target, load_tokenizer
 
-Decode = Callable[[], int]  # returns the number of tokens it made
-BASELINE = "transformers generate, batch 1"
+TABLE_WIDTH = 120
+GENERATE = "transformers generate, batch 1"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One decoding of all prompts."""
+
+    tokens: int
+    seconds: float
+    rounds: int = 0  # of single rows
+    emitted: int = 0  # by these rounds
+    timing: Timing | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of decoding, and the name of the way that it should beat."""
+
+    run: Callable[[], Run]
+    against: str | None = None
 
 
 @dataclass
@@ -43,61 +63,117 @@ class BenchmarkOptions:
     prompts: int = 8  # per set
     max_new_tokens: int = 64  # per prompt; no stop token, so that every way makes the same number
     temperature: float = 1.0
+    confidence_threshold: float = 0.0  # propose up to the first token below; 0 = all
+    verification: str = "token"  # token or block
     repeats: int = 5  # counted; one more goes first as a warm-up
     output: str = "outputs/benchmarks/decode_cpu.json"
 
 
-def ways_to_decode(options: BenchmarkOptions, target: Target, requests: list[Request]) -> dict[str, Decode]:
-    proposer = DSparkProposer(load_draft(options.checkpoint, target=target), target)
+def ways_to_decode(options: BenchmarkOptions, target: Target, requests: list[Request]) -> dict[str, Way]:
+    draft = load_draft(options.checkpoint, target=target)
     longest = max(len(request.prompt_ids) for request in requests)
+    positions = longest + options.max_new_tokens + draft.block_size
 
-    def engine(slots: int, with_draft: bool) -> Decode:
-        def decode() -> int:
-            made = SpeculativeEngine(
-                target,
-                proposer if with_draft else None,
-                slots=slots,
-                max_length=longest + options.max_new_tokens + proposer.block_size,
-            ).generate(requests)
-            return sum(len(completion.output_ids) for completion in made)
+    def engine(slots: int, *, with_draft: bool) -> Callable[[], Run]:
+        proposer = DSparkProposer(draft, target) if with_draft else None
+        engine = SpeculativeEngine(
+            target,
+            proposer,
+            slots=slots,
+            max_length=positions,
+            confidence_threshold=options.confidence_threshold if with_draft else 0.0,
+            verification=options.verification,
+        )
 
-        return decode
+        def run() -> Run:
+            started = time.perf_counter()
+            made = engine.generate(requests)
+            seconds = time.perf_counter() - started
+            rounds = [r for completion in made for r in completion.rounds]
+            tokens = sum(len(completion.output_ids) for completion in made)
+            return Run(tokens, seconds, len(rounds), sum(r.emitted for r in rounds), engine.timing)
 
-    def generate() -> int:
-        made = 0
-        for request in requests:
-            prompt = torch.tensor([request.prompt_ids])
-            sampling: dict[str, Any] = {"do_sample": False}
-            if request.temperature:
-                sampling = {"do_sample": True, "temperature": request.temperature, "top_k": 0, "top_p": 1.0}
-            length = options.max_new_tokens
-            output = target.model.generate(prompt, min_new_tokens=length, max_new_tokens=length, **sampling)
-            made += output.shape[1] - prompt.shape[1]
-        return made
+        return run
 
     return {
-        BASELINE: generate,
-        "plain, batch 1": engine(1, with_draft=False),
-        "speculative, batch 1": engine(1, with_draft=True),
-        "plain, batch 8": engine(8, with_draft=False),
-        "speculative, batch 8": engine(8, with_draft=True),
+        GENERATE: Way(lambda: generate(options, target, requests)),
+        "plain, batch 1": Way(engine(1, with_draft=False), GENERATE),
+        "speculative, batch 1": Way(engine(1, with_draft=True), "plain, batch 1"),
+        "plain, batch 8": Way(engine(8, with_draft=False), "plain, batch 1"),
+        "speculative, batch 8": Way(engine(8, with_draft=True), "plain, batch 8"),
     }
 
 
-def measure(ways: dict[str, Decode], repeats: int) -> dict[str, list[float]]:
-    """Tokens per second of each way in each counted repeat."""
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
+def generate(options: BenchmarkOptions, target: Target, requests: list[Request]) -> Run:
+    """One prompt after the other through Transformers."""
+    sampling: dict[str, Any] = {"do_sample": False}
+    if options.temperature:
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
+    length, made = options.max_new_tokens, 0
+    started = time.perf_counter()
+    for request in requests:
+        prompt = torch.tensor([request.prompt_ids])
+        mask = torch.ones_like(prompt)
+        output = target.model.generate(
+            prompt, attention_mask=mask, min_new_tokens=length, max_new_tokens=length, pad_token_id=0, **sampling
+        )
+        made += output.shape[1] - prompt.shape[1]
+    return Run(made, time.perf_counter() - started)
+
+
+def measure(ways: dict[str, Way], repeats: int) -> dict[str, list[Run]]:
+    """Each way's counted runs; one more goes first."""
+    runs: dict[str, list[Run]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
-        for name, decode in ways.items():
-            started = time.perf_counter()
-            made = decode()
+        for name, way in ways.items():
+            run = way.run()
             if repeat:
-                speeds[name].append(made / (time.perf_counter() - started))
-    return speeds
+                runs[name].append(run)
+    return runs
 
 
 def summary(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def result_of(way: Way, runs: list[Run], others: list[Run] | None) -> dict[str, Any]:
+    """Speeds of one way, ratios to another one run by run, and the parts of a round in milliseconds."""
+    result: dict[str, Any] = {"tokens_per_second": summary([run.tokens / run.seconds for run in runs])}
+    if others:
+        pairs = zip(runs, others, strict=True)
+        ratios = [a.tokens / a.seconds / (b.tokens / b.seconds) for a, b in pairs]
+        result["ratio"] = {"to": way.against, **summary(ratios)}
+    timings = [run.timing for run in runs if run.timing]
+    if timings:
+        result["tau"] = sum(run.emitted for run in runs) / sum(run.rounds for run in runs)
+        result["round_ms"] = {
+            part: statistics.median(1e3 * getattr(timing, part) / timing.rounds for timing in timings)
+            for part in ("draft", "verify")
+        }
+        result["prefill_share"] = statistics.median(run.timing.prefill / run.seconds for run in runs if run.timing)
+    return result
+
+
+def table_of(results: dict[str, dict[str, Any]]) -> Table:
+    table = Table()
+    for column in ("decoded with", "tokens/s", "compared with", "ratio", "tau", "draft + verify, ms"):
+        table.add_column(column, no_wrap=True)
+    for name, result in results.items():
+        ratio, parts = result.get("ratio"), result.get("round_ms")
+        table.add_row(
+            name,
+            spread(result["tokens_per_second"], 0),
+            ratio["to"] if ratio else "",
+            spread(ratio, 2) if ratio else "",
+            f"{result['tau']:.2f}" if parts else "",
+            f"{parts['draft']:.1f} + {parts['verify']:.1f}" if parts else "",
+        )
+    return table
+
+
+def spread(values: dict[str, float], digits: int) -> str:
+    """`median (min to max)`"""
+    return "{median:.{d}f} ({min:.{d}f} to {max:.{d}f})".format(**values, d=digits)
 
 
 def main(options: BenchmarkOptions) -> None:
@@ -110,20 +186,12 @@ def main(options: BenchmarkOptions) -> None:
         Request(prompt.ids, options.max_new_tokens, temperature=options.temperature, seed=index)
         for index, prompt in enumerate(prompts)
     ]
-    speeds = measure(ways_to_decode(options, target, requests), options.repeats)
+    ways = ways_to_decode(options, target, requests)
+    runs = measure(ways, options.repeats)
     results = {
-        name: {
-            "tokens_per_second": summary(values),
-            "ratio_to_generate": summary([a / b for a, b in zip(values, speeds[BASELINE], strict=True)]),
-        }
-        for name, values in speeds.items()
+        name: result_of(way, runs[name], runs[way.against] if way.against else None) for name, way in ways.items()
     }
-    table = Table("decoded with", "tokens/s: median", "min", "max", "times generate: median", "min", "max")
-    for name, result in results.items():
-        speed, ratio = result["tokens_per_second"], result["ratio_to_generate"]
-        row = [f"{speed[key]:.0f}" for key in ("median", "min", "max")]
-        table.add_row(name, *row, *(f"{ratio[key]:.2f}" for key in ("median", "min", "max")))
-    Console().print(table)
+    Console(width=max(Console().width, TABLE_WIDTH)).print(table_of(results))
     record = {
         "results": results,
         "settings": asdict(options),
