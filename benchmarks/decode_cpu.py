@@ -1,6 +1,6 @@
 """Tokens per second of the built-in target, decoded in several ways, interleaved in one run.
 
-    python -m benchmarks.decode_cpu checkpoint=outputs/demo/smoke [repeats=5] [prompts=8] [max_new_tokens=64]
+    python -m benchmarks.decode_cpu checkpoint=outputs/demo/smoke [repeats=5] [prompts=8] [max_new_tokens=128]
 
 Each repeat decodes the same prompts in every way, one after the other, so a slow spell of the machine hits all of them;
 ratios are taken within a repeat. Printed and written as JSON: median, smallest and largest tokens/s and ratios, tokens
@@ -25,12 +25,13 @@ from deepspec import load_draft
 from deepspec.arguments import run_command
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, Timing
 from deepspec.evaluation.environment import command_line, machine, versions
+from deepspec.evaluation.plan import stop_tokens
 from deepspec.evaluation.sets import load_set
 from deepspec.files import write_atomically
 from deepspec.targets import Target, load_target, load_tokenizer
 
-TABLE_WIDTH = 120
-GENERATE = "transformers generate, batch 1"
+TABLE_WIDTH = 125
+GENERATE = "generate, batch 1"
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class BenchmarkOptions:
     prompts_dir: str = "outputs/corpus/prompts"
     sets: str = "math,code,chat"
     prompts: int = 8  # per set
-    max_new_tokens: int = 64  # per prompt; no stop token, so that every way makes the same number
+    max_new_tokens: int = 128  # per prompt; answers end earlier at their stop token
     temperature: float = 1.0
     confidence_threshold: float = 0.0  # propose up to the first token below; 0 = all
     verification: str = "token"  # token or block
@@ -109,13 +110,18 @@ def generate(options: BenchmarkOptions, target: Target, requests: list[Request])
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_k": 0, "top_p": 1.0}
-    length, made = options.max_new_tokens, 0
+    made = 0
     started = time.perf_counter()
     for request in requests:
         prompt = torch.tensor([request.prompt_ids])
         mask = torch.ones_like(prompt)
         output = target.model.generate(
-            prompt, attention_mask=mask, min_new_tokens=length, max_new_tokens=length, pad_token_id=0, **sampling
+            prompt,
+            attention_mask=mask,
+            max_new_tokens=options.max_new_tokens,
+            eos_token_id=list(request.stop_token_ids) or None,
+            pad_token_id=0,
+            **sampling,
         )
         made += output.shape[1] - prompt.shape[1]
     return Run(made, time.perf_counter() - started)
@@ -180,10 +186,11 @@ def main(options: BenchmarkOptions) -> None:
     transformers_logging.set_verbosity_error()
     target = load_target(options.target)
     tokenizer = load_tokenizer(options.target)
+    stops = stop_tokens(options.target, None, tokenizer)
     names = options.sets.split(",")
     prompts = [p for name in names for p in load_set(name, options.prompts_dir, tokenizer, limit=options.prompts)]
     requests = [
-        Request(prompt.ids, options.max_new_tokens, temperature=options.temperature, seed=index)
+        Request(prompt.ids, options.max_new_tokens, options.temperature, seed=index, stop_token_ids=stops)
         for index, prompt in enumerate(prompts)
     ]
     ways = ways_to_decode(options, target, requests)
