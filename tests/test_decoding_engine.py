@@ -57,8 +57,7 @@ def outcomes(completions):
     return [outcome(completion) for completion in completions]
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.5])
-@pytest.mark.parametrize("verification", ["token", "block"])
+@pytest.mark.parametrize(("verification", "threshold"), [("token", 0.0), ("block", 0.5)])
 def test_tokens_do_not_depend_on_what_else_is_in_the_batch(golden_target, trained, verification, threshold):
     requests = mixed_requests(golden_target.vocab_size)
     options = {"verification": verification, "confidence_threshold": threshold}

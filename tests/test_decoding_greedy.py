@@ -19,7 +19,7 @@ PROMPTS, LONGEST = 50, 30
 def case(request, golden_target):
     """Target, draft, greedy requests of mixed lengths, and what Transformers generates."""
     if request.param == "qwen3_trained_draft":
-        target, new_tokens = golden_target, 20
+        target, new_tokens = golden_target, 12
         draft = load_draft(GOLDENS / "ckpt_dspark_rnn")
     else:
         target, new_tokens = random_target("llama"), 8

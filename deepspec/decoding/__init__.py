@@ -1,8 +1,8 @@
 """The speculative decoder: engine, proposers, verification rules, sampling, caches."""
 
-from deepspec.decoding.engine import SpeculativeEngine, Timing
+from deepspec.decoding.engine import SpeculativeEngine
 from deepspec.decoding.proposers import DSparkProposer, Proposal, Proposer
-from deepspec.decoding.requests import Completion, Request, Round
+from deepspec.decoding.requests import Completion, Request, Round, Timing
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict
 
 __all__ = [

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,21 +18,11 @@ from deepspec.config import near_match
 from deepspec.decoding.attention import attending_slots
 from deepspec.decoding.cache import SlotCache, Span
 from deepspec.decoding.proposers import Proposal, Proposer
-from deepspec.decoding.requests import Completion, Request
+from deepspec.decoding.requests import Completion, Request, Timing
 from deepspec.decoding.rows import Row
 from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw, probabilities
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, verify_greedy
 from deepspec.targets import Target
-
-
-@dataclass
-class Timing:
-    """Wall seconds spent in each part of a `generate` call."""
-
-    prefill: float = 0.0
-    draft: float = 0.0
-    verify: float = 0.0
-    rounds: int = 0  # of the batch: passes of the target after prefill
 
 
 class SpeculativeEngine:

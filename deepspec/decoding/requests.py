@@ -49,3 +49,13 @@ class Completion:
     output_ids: list[int] = field(default_factory=list)  # the stop token, if any, included
     rounds: list[Round] = field(default_factory=list)
     finish_reason: str = ""  # stop, length, or error: the logits of this request were not finite
+
+
+@dataclass
+class Timing:
+    """Wall seconds spent in each part of a `generate` call."""
+
+    prefill: float = 0.0
+    draft: float = 0.0
+    verify: float = 0.0
+    rounds: int = 0  # of the batch: passes of the target after prefill
