@@ -16,7 +16,7 @@ from rich import print
 from deepspec.arguments import run_command
 from deepspec.data.corpus import SETS, build_corpus
 from deepspec.data.jsonl import read_jsonl
-from deepspec.files import sha256_of, write_atomically
+from deepspec.files import match_digests, sha256_of, write_atomically
 
 
 @dataclass
@@ -46,10 +46,7 @@ def main(options: CorpusOptions) -> None:
     manifest = folder / "manifest.json"
     if manifest.is_file():
         written = json.loads(manifest.read_text(encoding="utf-8"))
-        if written["settings"] == settings and all(
-            (folder / name).is_file() and sha256_of(folder / name) == digest
-            for name, digest in written["sha256"].items()
-        ):
+        if written["settings"] == settings and match_digests(folder, written["sha256"]):
             print(f"corpus: {folder} is valid, nothing to do")
             return
     counts = build_corpus(

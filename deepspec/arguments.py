@@ -10,9 +10,13 @@ from typing import Any, TypeVar, cast
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deepspec.checkpoints import CheckpointError
 from deepspec.config import ConfigError, near_match
+from deepspec.data.jsonl import DataError
 
 Options = TypeVar("Options")
+# What a command answers with its message alone, without a traceback.
+USER_MISTAKES = (ConfigError, DataError, CheckpointError, FileNotFoundError)
 
 
 def parse_arguments(schema: type[Options], arguments: Sequence[str] | None = None) -> Options:
@@ -49,11 +53,8 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str] | None = Non
 
 def run_command(task: Any, schema: type[Options]) -> None:
     """Parse the command line, run `task` on the options; a user's mistake ends with status 2 and one message."""
-    from deepspec.checkpoints import CheckpointError
-    from deepspec.data.jsonl import DataError
-
     try:
         task(parse_arguments(schema))
-    except (ConfigError, DataError, CheckpointError, FileNotFoundError) as error:
+    except USER_MISTAKES as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from deepspec.files import sha256_of
+from deepspec.files import sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -179,10 +179,7 @@ def _describe(folder: Path, state: dict[str, Any]) -> None:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
         files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
-    with (folder / TRAINER_STATE).open("w", encoding="utf-8") as opened:
-        json.dump(state | {"files": files}, opened, indent=1)
-        opened.flush()
-        os.fsync(opened.fileno())
+    write_atomically(folder / TRAINER_STATE, json.dumps(state | {"files": files}, indent=1))
     for subfolder in [folder, *(f for f in folder.rglob("*") if f.is_dir())]:
         _flush_folder(subfolder)
 

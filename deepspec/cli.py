@@ -18,9 +18,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deepspec.checkpoints import CheckpointError
+from deepspec.arguments import USER_MISTAKES
 from deepspec.config import ConfigError, EvalRun, TrainRun, near_match, validate
-from deepspec.data.jsonl import DataError
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = TypeVar("Run", TrainRun, EvalRun)
@@ -46,12 +45,11 @@ def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -
         validate(run)
         return task(run)
 
-    mistakes = (ConfigError, DataError, CheckpointError, FileNotFoundError, HydraException, OmegaConfBaseException)
     traceback_wanted = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them
     try:
         main()
-    except mistakes as error:
+    except (*USER_MISTAKES, HydraException, OmegaConfBaseException) as error:
         if traceback_wanted:
             raise
         print(f"error: {explain(error, schema)}", file=sys.stderr)
@@ -60,7 +58,7 @@ def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -
 
 def explain(error: Exception, schema: type) -> str:
     """A message that names the key, its value, what is allowed and a near match."""
-    if isinstance(error, (ConfigError, DataError, CheckpointError, FileNotFoundError)):
+    if isinstance(error, USER_MISTAKES):
         return str(error)
     if isinstance(error, MissingConfigException) and error.options:
         wanted = (error.missing_cfg_file or "").rsplit("/", 1)[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -11,6 +12,11 @@ def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's content, as hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def match_digests(folder: Path, digests: Mapping[str, str]) -> bool:
+    """Whether every named file of `folder` is there with its recorded SHA-256."""
+    return all((folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in digests.items())
 
 
 def write_atomically(path: str | Path, text: str) -> None:

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deepspec.data.chat import render_conversation
 from deepspec.data.jsonl import DataError, read_jsonl
+from deepspec.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -194,8 +195,7 @@ def _content_digest(
     for file in files:
         if not Path(file).is_file():
             raise DataError(f"{file}: no such file")
-        with open(file, "rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(sha256_of(file).encode())
     settings = [tokenizer.chat_template, sorted(tokenizer.get_vocab().items()), dict(options), max_length, list(files)]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]

@@ -6,8 +6,11 @@ Nothing has to be saved to resume, and a global batch holds the same samples on 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
+
+from deepspec.config import ConfigError
 
 SampleKey = tuple[int, int]  # (index in the dataset, epoch)
 
@@ -23,17 +26,24 @@ def global_batch(num_samples: int, batch_size: int, seed: int, step: int) -> lis
     return keys
 
 
-_permutations: dict[tuple[int, int, int], torch.Tensor] = {}
-
-
+@lru_cache(maxsize=4)
 def _permutation(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
-    key = (num_samples, seed, epoch)
-    if key not in _permutations:
-        while len(_permutations) >= 4:
-            _permutations.pop(next(iter(_permutations)))
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        _permutations[key] = torch.randperm(num_samples, generator=generator)
-    return _permutations[key]
+    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+
+
+def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Forward passes of one rank in an optimizer step.
+
+    Raises:
+        ConfigError: the global batch cannot be split evenly.
+    """
+    per_pass = micro_batch_size * world_size
+    if global_batch_size % per_pass:
+        raise ConfigError(
+            f"train.global_batch_size={global_batch_size}: must be a multiple of train.micro_batch_size="
+            f"{micro_batch_size} times the {world_size} ranks ({per_pass})"
+        )
+    return global_batch_size // per_pass
 
 
 class StepSampler(torch.utils.data.Sampler[list[SampleKey]]):
@@ -55,12 +65,6 @@ class StepSampler(torch.utils.data.Sampler[list[SampleKey]]):
         start_step: int,
         steps: int,
     ):
-        per_pass = micro_batch_size * world_size
-        if global_batch_size % per_pass:
-            raise ValueError(
-                f"train.global_batch_size={global_batch_size} must be a multiple of train.micro_batch_size="
-                f"{micro_batch_size} times the {world_size} ranks"
-            )
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
@@ -69,7 +73,7 @@ class StepSampler(torch.utils.data.Sampler[list[SampleKey]]):
         self.seed = seed
         self.start_step = start_step
         self.steps = steps
-        self.accumulation = global_batch_size // per_pass
+        self.accumulation = micro_batches_per_step(global_batch_size, micro_batch_size, world_size)
 
     def __len__(self) -> int:
         return (self.steps - self.start_step) * self.accumulation

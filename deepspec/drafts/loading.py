@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from deepspec.checkpoints import DRAFT, newest_checkpoint
 from deepspec.config import ConfigError
 from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings
 from deepspec.drafts.dspark import DRAFT_CLASSES, DSparkModel, TargetWeights
@@ -66,15 +67,13 @@ def find_draft_folder(path: str | Path, revision: str | None = None) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists():
         return _download(str(path), revision)
-    for candidate in (folder, folder / "draft"):
+    for candidate in (folder, folder / DRAFT):
         if (candidate / "config.json").is_file():
             return candidate
     if (folder / "checkpoints").is_dir():
-        from deepspec.checkpoints import newest_checkpoint
-
         newest = newest_checkpoint(folder)
         if newest is not None:
-            return Path(newest) / "draft"
+            return newest / DRAFT
         raise FileNotFoundError(f"checkpoint={path}: no complete checkpoint in {folder / 'checkpoints'}")
     raise FileNotFoundError(
         f"checkpoint={path}: neither config.json nor checkpoints there; give a draft folder, a run folder or a Hub id"

@@ -14,7 +14,7 @@ from deepspec.config import ConfigError, EvalRun
 from deepspec.data.jsonl import DataError
 from deepspec.drafts.configuration import DraftSettings
 from deepspec.drafts.loading import find_draft_folder, read_draft_config
-from deepspec.evaluation.records import digest_of
+from deepspec.evaluation.records import Key, digest_of
 from deepspec.evaluation.sets import Prompt, load_set
 from deepspec.files import sha256_of
 from deepspec.targets import load_target_config, load_tokenizer, resolve_path
@@ -31,7 +31,7 @@ class Chunk:
     prompts: Sequence[Prompt]
 
     @property
-    def key(self) -> tuple[str, float, int, str]:
+    def key(self) -> Key:
         """As of its `Record`."""
         digest = digest_of([prompt.ids for prompt in self.prompts])
         return (self.set_name, self.temperature, self.prompts[0].index, digest)

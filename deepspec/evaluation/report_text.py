@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from deepspec.evaluation.markdown import markdown_table
 from deepspec.evaluation.plots import confident, result_at, set_at, sets_of, temperatures_of
 from deepspec.evaluation.report_inputs import ReportInputs
 from deepspec.evaluation.summary import show_estimate, show_number
@@ -16,6 +18,7 @@ from deepspec.evaluation.summary import show_estimate, show_number
 COMPARABLE_SETTINGS = ("target.path", "decode.", "seed", "eval.limit", "eval.prompts_dir", "data.template_options")
 Metrics = Mapping[str, Any]
 LONGEST_SAMPLE = 1500  # characters
+_table = partial(markdown_table, text_columns=2)
 
 
 def report_text(inputs: ReportInputs, pictures: Mapping[str, str], command: str) -> str:
@@ -94,12 +97,6 @@ def _most(evaluations: Mapping[str, Metrics]) -> str:
     if len(set(sizes.values())) == 1:
         return str(next(iter(sizes.values())))
     return ", ".join(f"{size} for {name}" for name, size in sizes.items())
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first two columns are text, the others numbers."""
-    rule = ["---" if place < 2 else "---:" for place in range(len(header))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
 def _by_set(evaluations: Mapping[str, Metrics], cell: Callable[[Metrics], str], mean: Callable[[Metrics], str]) -> str:

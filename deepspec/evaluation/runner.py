@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from deepspec.evaluation.progress import EvaluationProgress, make_console
 from deepspec.evaluation.records import Decoding, Key, Record, RecordStore
 from deepspec.evaluation.sets import Prompt
 from deepspec.evaluation.summary import METRICS_FILE, print_table, results_of, samples_of, write_results
+from deepspec.ranks import check_ranks, launched_ranks, runs_on_cpu
 from deepspec.targets import load_target
 
 WARM_UP_TOKENS = 8
@@ -93,15 +93,9 @@ def start_ranks() -> PartialState:
     Raises:
         RuntimeError: the launcher and the process group disagree on the number of ranks.
     """
-    forced = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
-    use_cpu = forced or not torch.accelerator.is_available()
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    state = PartialState(cpu=use_cpu, **({"backend": "gloo"} if use_cpu and launched > 1 else {}))
-    if state.num_processes != launched:
-        raise RuntimeError(
-            f"the launcher started {launched} ranks, but this one sees {state.num_processes}; "
-            "launch with one of configs/accelerate/*.yaml"
-        )
+    use_cpu = runs_on_cpu()
+    state = PartialState(cpu=use_cpu, **({"backend": "gloo"} if use_cpu and launched_ranks() > 1 else {}))
+    check_ranks(state.num_processes)
     return state
 
 

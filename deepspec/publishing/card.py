@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings
+from deepspec.evaluation.markdown import markdown_table
 from deepspec.evaluation.statistics import Estimate
 from deepspec.evaluation.summary import show_estimate, show_number
 from deepspec.publishing.results import Evaluation
@@ -123,7 +123,7 @@ def _introduction(source: DraftSource, settings: DraftSettings, repo_id: str) ->
         f"# {repo_id.split('/')[-1]}\n\n"
         f"A {title} draft model for speculative decoding with {target_title(target)}. It proposes up to "
         f"{settings.block_size} tokens a round, and the target verifies them in one forward pass; the text has the "
-        "target's own distribution. It is of no use without that target.\n\n" + _table(("", ""), facts)
+        "target's own distribution. It is of no use without that target.\n\n" + markdown_table(("", ""), facts)
     )
 
 
@@ -146,7 +146,7 @@ def _results(evaluation: Evaluation | None, with_plot: bool) -> str:
     ]
     header = ("Temperature", "Set", "Prompts", "tau", "Verify rate", "Speed-up", "cond_accept@1, 2, ...")
     empty = [i for i in range(len(header)) if not any(row[i] for row in rows)]
-    table = _table(
+    table = markdown_table(
         [title for i, title in enumerate(header) if i not in empty],
         [[cell for i, cell in enumerate(row) if i not in empty] for row in rows],
     )
@@ -198,27 +198,28 @@ def _architecture(source: DraftSource, settings: DraftSettings) -> str:
     note = (
         "The embedding and the output head are the target's own, frozen, and stored so that the draft loads by itself."
     )
-    return f"## Architecture\n\n{_table(('', ''), facts)}\n\n{note}"
+    return f"## Architecture\n\n{markdown_table(('', ''), facts)}\n\n{note}"
 
 
 def _training(source: DraftSource) -> str:
     rows = [] if source.step is None else [("Optimizer steps done", f"{source.step:,}")]
     for key, title in TRAINING_ROWS.items():
-        value: Any = source.training
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if value is None or (key == "train.epochs" and _nested(source.training, "train", "steps")):
+        value = _setting(source.training, key)
+        if value is None or (key == "train.epochs" and _setting(source.training, "train.steps")):
             continue
         if isinstance(value, list):
             value = ", ".join(f"`{Path(str(item)).name}`" for item in value)
         rows.append((title, str(value)))
     if not rows:
         return "## Training\n\nNo training settings lie beside this checkpoint."
-    return f"## Training\n\n{_table(('', ''), rows)}"
+    return f"## Training\n\n{markdown_table(('', ''), rows)}"
 
 
-def _nested(settings: dict[str, Any], group: str, key: str) -> Any:
-    return (settings.get(group) or {}).get(key)
+def _setting(settings: Any, key: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
+    return settings
 
 
 def _samples(evaluation: Evaluation | None) -> str:
@@ -247,8 +248,3 @@ def _fenced(text: str, longest: int = 600) -> str:
     while fence in text:
         fence += "`"
     return f"{fence}text\n{text}\n{fence}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

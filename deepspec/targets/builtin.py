@@ -28,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from deepspec.data.chat import render_conversation
 from deepspec.data.jsonl import read_jsonl
-from deepspec.files import sha256_of, write_atomically
+from deepspec.files import match_digests, sha256_of, write_atomically
 
 RECIPE_FILE = "recipe.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -86,8 +86,7 @@ def is_valid_target(folder: Path) -> bool:
     record = folder / RECIPE_FILE
     if not record.is_file():
         return False
-    digests: dict[str, str] = json.loads(record.read_text(encoding="utf-8"))["sha256"]
-    return all((folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in digests.items())
+    return match_digests(folder, json.loads(record.read_text(encoding="utf-8"))["sha256"])
 
 
 def load_builtin(folder: Path) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerBase]:

@@ -13,6 +13,8 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitPr
 from transformers.utils.logging import disable_progress_bar
 
 from deepspec.config import ConfigError, TrainConfig, TrainRun
+from deepspec.data.sampler import micro_batches_per_step
+from deepspec.ranks import check_ranks, launched_ranks, runs_on_cpu
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a rank that waits longer for the others fails
 
@@ -29,12 +31,14 @@ def start_accelerator(config: TrainRun) -> Accelerator:
     _forget_earlier_run()
     _quieten_libraries()
     with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    use_cpu = _use_cpu()
+    use_cpu = runs_on_cpu()
     if use_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed even where nothing uses it
     if with_deepspeed and use_cpu:
         _switch_off_compiled_collectives()
-    accumulation = accumulation_steps(config.train, int(os.environ.get("WORLD_SIZE", 1)))
+    accumulation = micro_batches_per_step(
+        config.train.global_batch_size, config.train.micro_batch_size, launched_ranks()
+    )
     accelerator = Accelerator(
         cpu=use_cpu and not with_deepspeed,
         mixed_precision="no",
@@ -43,27 +47,8 @@ def start_accelerator(config: TrainRun) -> Accelerator:
         log_with=None if config.logging.wandb.mode == "disabled" else "wandb",
         kwargs_handlers=[_process_group(use_cpu)],
     )
-    if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
-        raise RuntimeError(
-            f"the launcher started {os.environ.get('WORLD_SIZE')} ranks, but this one sees "
-            f"{accelerator.num_processes}: launch with one of configs/accelerate/*.yaml"
-        )
+    check_ranks(accelerator.num_processes)
     return accelerator
-
-
-def accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    """Micro-batches of one rank in a step.
-
-    Raises:
-        ConfigError: `global_batch_size` is no multiple of `micro_batch_size` times the ranks.
-    """
-    per_pass = train.micro_batch_size * world_size
-    if train.global_batch_size % per_pass:
-        raise ConfigError(
-            f"train.global_batch_size={train.global_batch_size}: must be a multiple of train.micro_batch_size="
-            f"{train.micro_batch_size} times the {world_size} ranks ({per_pass})"
-        )
-    return train.global_batch_size // per_pass
 
 
 def autocast(accelerator: Accelerator, mixed_precision: str) -> torch.autocast:
@@ -73,11 +58,6 @@ def autocast(accelerator: Accelerator, mixed_precision: str) -> torch.autocast:
 
 def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
-
-
-def _use_cpu() -> bool:
-    forced = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
-    return forced or not torch.accelerator.is_available()
 
 
 def _process_group(use_cpu: bool) -> InitProcessGroupKwargs:

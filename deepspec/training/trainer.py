@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from deepspec.config import TrainRun
-from deepspec.data.sampler import StepSampler
+from deepspec.data.sampler import StepSampler, micro_batches_per_step
 from deepspec.training.batches import (
     EVALUATION,
     TRAINING,
@@ -21,7 +21,7 @@ from deepspec.training.batches import (
     evaluation_batches,
     training_steps,
 )
-from deepspec.training.devices import accumulation_steps, autocast
+from deepspec.training.devices import autocast
 from deepspec.training.interrupt import StopRequest
 from deepspec.training.meter import Meter
 from deepspec.training.metrics import add_sums, summarize
@@ -45,7 +45,9 @@ class Trainer:
         self.accelerator = accelerator
         self.materials = materials
         self.steps = total_steps(config.train, len(materials.train_set))
-        self.accumulation = accumulation_steps(config.train, accelerator.num_processes)
+        self.accumulation = micro_batches_per_step(
+            config.train.global_batch_size, config.train.micro_batch_size, accelerator.num_processes
+        )
         self.autocast = autocast(accelerator, config.train.mixed_precision)
         self.meter = Meter(accelerator.device)
         self.module = DraftTrainingModule(materials.draft, config.train.loss).to(accelerator.device)

@@ -1,0 +1,31 @@
+"""What the launcher asked for, read before accelerate starts: ranks and device."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def launched_ranks() -> int:
+    """Processes that `accelerate launch` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def runs_on_cpu() -> bool:
+    """Whether the launcher forces the CPU or there is no accelerator."""
+    forced = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    return forced or not torch.accelerator.is_available()
+
+
+def check_ranks(seen: int) -> None:
+    """Refuse to work as rank 0 of 1 where more ranks were launched.
+
+    Raises:
+        RuntimeError: the launcher and the process group disagree on the number of ranks.
+    """
+    if seen != launched_ranks():
+        raise RuntimeError(
+            f"the launcher started {launched_ranks()} ranks, but this one sees {seen}: launch with one of "
+            "configs/accelerate/*.yaml"
+        )
