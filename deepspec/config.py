@@ -64,6 +64,7 @@ class DataConfig:
 @dataclass
 class FeaturesConfig:
     source: str = "online"  # online: the target is resident and computes features for each batch
+    lookahead: int = 0  # micro-batches whose features are computed early, beside the training step; 0 = none
 
 
 @dataclass
@@ -79,7 +80,10 @@ class TrainConfig:
     epochs: float = 10.0  # passes over the data; ignored when steps is set
     steps: int | None = None  # optimizer steps
     global_batch_size: int = 512  # samples per optimizer step, over all ranks and accumulation steps
-    micro_batch_size: int = 1  # samples per forward pass on one rank
+    micro_batch_size: int = 1  # samples per forward pass on one rank, each padded to the longest
+    tokens_per_batch: int | None = None  # instead: samples packed into one row of at most this many tokens
+    compile: bool = False  # torch.compile the draft's layers
+    activation_checkpointing: bool = False  # compute a draft layer's activations again in the backward pass
     num_anchors: int = 512  # A: blocks per sample
     lr: float = 6e-4  # peak learning rate of AdamW
     weight_decay: float = 0.0
@@ -175,10 +179,12 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "data.max_length": (2, None),
     "data.min_supervised_tokens": (0, None),
     "data.num_workers": (0, None),
+    "features.lookahead": (0, 64),
     "train.epochs": (0, None),
     "train.steps": (1, None),
     "train.global_batch_size": (1, None),
     "train.micro_batch_size": (1, None),
+    "train.tokens_per_batch": (2, None),
     "train.num_anchors": (1, None),
     "train.lr": (0, None),
     "train.weight_decay": (0, None),
@@ -252,7 +258,12 @@ def _validate_training(config: TrainRun) -> None:
         raise ConfigError("data.train_files=[]: name at least one JSONL file of conversations")
     if train.steps is None and train.epochs <= 0:
         raise ConfigError(f"train.epochs={train.epochs}: must be above 0 when train.steps is not set")
-    if train.global_batch_size % train.micro_batch_size:
+    if train.tokens_per_batch is not None and train.tokens_per_batch < config.data.max_length:
+        raise ConfigError(
+            f"train.tokens_per_batch={train.tokens_per_batch}: must be at least data.max_length="
+            f"{config.data.max_length}, so that the longest sample fits"
+        )
+    if train.tokens_per_batch is None and train.global_batch_size % train.micro_batch_size:
         raise ConfigError(
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of "
             f"train.micro_batch_size={train.micro_batch_size} (times the number of ranks)"

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import datasets
 import numpy as np
 import torch
 from datasets.exceptions import DatasetGenerationError
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.data.chat import render_conversation
 from deepspec.data.jsonl import DataError, read_jsonl
+from deepspec.data.packing import Sample
 from deepspec.files import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -29,20 +28,10 @@ FEATURES = datasets.Features(
         "input_ids": datasets.List(datasets.Value("int32")),
         "loss_mask": datasets.List(datasets.Value("uint8")),
         "truncated": datasets.Value("bool"),
+        "tokens": datasets.Value("int32"),
         "supervised": datasets.Value("int32"),
     }
 )
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One conversation ready for training."""
-
-    index: int  # place in the dataset
-    epoch: int  # which pass over the data asked for it
-    id: str  # the row's own id, for messages
-    input_ids: list[int]  # [tokens]
-    loss_mask: list[int]  # [tokens], 1 = written by the assistant
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -63,24 +52,12 @@ class ConversationDataset(torch.utils.data.Dataset):
         """The first `count` samples; None = all."""
         return self if count is None else ConversationDataset(self.rows.select(range(min(count, len(self)))))
 
+    def lengths(self) -> np.ndarray:
+        """Tokens of every sample."""
+        return np.asarray(self.rows.with_format("numpy")["tokens"][:])
+
     def id_of(self, index: int) -> str:
         return self.rows[int(index)]["id"]
-
-
-def collate(samples: Sequence[Sample], pad_id: int) -> dict[str, Tensor]:
-    """Pad right. Returns input_ids, attention_mask, loss_mask [batch, tokens] and sample_index, epoch [batch]."""
-    length = max(len(sample.input_ids) for sample in samples)
-
-    def padded(rows: list[list[int]], value: int) -> Tensor:
-        return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.long)
-
-    return {
-        "input_ids": padded([s.input_ids for s in samples], pad_id),
-        "attention_mask": padded([[1] * len(s.input_ids) for s in samples], 0),
-        "loss_mask": padded([s.loss_mask for s in samples], 0),
-        "sample_index": torch.tensor([s.index for s in samples]),
-        "epoch": torch.tensor([s.epoch for s in samples]),
-    }
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, target_path: str) -> None:
@@ -168,6 +145,7 @@ def _tokenized_rows(
                 "input_ids": rendered.input_ids[:max_length],
                 "loss_mask": loss_mask,
                 "truncated": len(rendered.input_ids) > max_length,
+                "tokens": len(loss_mask),
                 "supervised": sum(loss_mask),
             }
 
@@ -196,6 +174,13 @@ def _content_digest(
         if not Path(file).is_file():
             raise DataError(f"{file}: no such file")
         digest.update(sha256_of(file).encode())
-    settings = [tokenizer.chat_template, sorted(tokenizer.get_vocab().items()), dict(options), max_length, list(files)]
+    settings = [
+        sorted(FEATURES),
+        tokenizer.chat_template,
+        sorted(tokenizer.get_vocab().items()),
+        dict(options),
+        max_length,
+        list(files),
+    ]
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]

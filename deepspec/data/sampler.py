@@ -5,9 +5,13 @@ Nothing has to be saved to resume, and a global batch holds the same samples on 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from deepspec.config import ConfigError
@@ -31,57 +35,91 @@ def _permutation(num_samples: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Forward passes of one rank in an optimizer step.
+@dataclass(frozen=True)
+class BatchSplit:
+    """How the samples of an optimizer step become micro-batches of equal number on every rank."""
 
-    Raises:
-        ConfigError: the global batch cannot be split evenly.
-    """
-    per_pass = micro_batch_size * world_size
-    if global_batch_size % per_pass:
-        raise ConfigError(
-            f"train.global_batch_size={global_batch_size}: must be a multiple of train.micro_batch_size="
-            f"{micro_batch_size} times the {world_size} ranks ({per_pass})"
-        )
-    return global_batch_size // per_pass
+    global_batch_size: int  # samples
+    world_size: int
+    micro_batch_size: int  # samples; not used with a token budget
+    tokens_per_batch: int | None = None  # the most tokens of a micro-batch
+    lengths: np.ndarray | None = None  # tokens of every sample; needed for a token budget
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            ConfigError: the global batch cannot be split evenly.
+        """
+        packed = self.tokens_per_batch is not None
+        per_pass = self.world_size * (1 if packed else self.micro_batch_size)
+        if self.global_batch_size % per_pass:
+            factor = "" if packed else f"train.micro_batch_size={self.micro_batch_size} times "
+            raise ConfigError(
+                f"train.global_batch_size={self.global_batch_size}: must be a multiple of {factor}the "
+                f"{self.world_size} ranks ({per_pass})"
+            )
+
+    def __call__(self, keys: Sequence[SampleKey]) -> list[list[list[SampleKey]]]:
+        """Micro-batches by rank of the samples of one step (or of a part of an evaluation set)."""
+        groups = self._of_equal_size(keys) if self.tokens_per_batch is None else self._within_budget(keys)
+        return [groups[rank :: self.world_size] for rank in range(self.world_size)]
+
+    def _of_equal_size(self, keys: Sequence[SampleKey]) -> list[list[SampleKey]]:
+        size = self.micro_batch_size
+        return [list(keys[first : first + size]) for first in range(0, len(keys), size)]
+
+    def _within_budget(self, keys: Sequence[SampleKey]) -> list[list[SampleKey]]:
+        """As few groups as hold all samples within the token budget, balanced, in a multiple of the ranks.
+
+        The longest samples go first, each to the group with the fewest tokens so far.
+        """
+        assert self.tokens_per_batch is not None
+        assert self.lengths is not None
+        lengths = self.lengths[[index for index, _ in keys]]
+        order = np.argsort(-lengths, kind="stable")
+        needed = math.ceil(int(lengths.sum()) / self.tokens_per_batch)
+        count = self.world_size * math.ceil(needed / self.world_size)
+        while True:
+            heap = [(0, group) for group in range(count)]
+            groups: list[list[int]] = [[] for _ in range(count)]
+            for place in order.tolist():
+                tokens, group = heapq.heappop(heap)
+                groups[group].append(place)
+                heapq.heappush(heap, (tokens + int(lengths[place]), group))
+            if max(heap)[0] <= self.tokens_per_batch or count >= len(keys):
+                return [[keys[place] for place in sorted(group)] for group in groups]
+            count += self.world_size
 
 
 class StepSampler(torch.utils.data.Sampler[list[SampleKey]]):
     """Batch sampler of one rank: its micro-batches of steps `start_step` .. `steps - 1`, in order.
 
-    A global batch is laid out as [accumulation, rank, micro-batch], so the samples of a step do not depend on how many
-    ranks share it.
+    Which samples a step holds depends on the seed and the step alone; how they are split into micro-batches and over
+    ranks does not change what is learned beyond rounding.
     """
 
     def __init__(
         self,
+        split: BatchSplit,
         num_samples: int,
         *,
-        global_batch_size: int,
-        micro_batch_size: int,
         rank: int,
-        world_size: int,
         seed: int,
         start_step: int,
         steps: int,
     ):
+        self.split = split
         self.num_samples = num_samples
-        self.global_batch_size = global_batch_size
-        self.micro_batch_size = micro_batch_size
         self.rank = rank
-        self.world_size = world_size
         self.seed = seed
         self.start_step = start_step
         self.steps = steps
-        self.accumulation = micro_batches_per_step(global_batch_size, micro_batch_size, world_size)
 
-    def __len__(self) -> int:
-        return (self.steps - self.start_step) * self.accumulation
+    def micro_batches(self, step: int) -> list[list[SampleKey]]:
+        """This rank's micro-batches of a step; every rank has the same number of them."""
+        keys = global_batch(self.num_samples, self.split.global_batch_size, self.seed, step)
+        return self.split(keys)[self.rank]
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        size = self.micro_batch_size
         for step in range(self.start_step, self.steps):
-            keys = global_batch(self.num_samples, self.global_batch_size, self.seed, step)
-            for part in range(self.accumulation):
-                first = (part * self.world_size + self.rank) * size
-                yield keys[first : first + size]
+            yield from self.micro_batches(step)

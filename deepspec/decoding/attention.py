@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 
-from deepspec.targets import Target
-
-NAME = "deepspec_slots"
+SLOTS = "deepspec_slots"
 
 
 def slot_attention(
@@ -49,16 +45,4 @@ def slot_attention(
     return attended.reshape(rows, heads, tokens, head_dim).transpose(1, 2), None
 
 
-AttentionInterface.register(NAME, slot_attention)
-
-
-@contextmanager
-def attending_slots(target: Target) -> Iterator[None]:
-    """Within the block, the target's layers attend with `slot_attention`, whatever they were loaded with."""
-    config = target.config
-    before = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+AttentionInterface.register(SLOTS, slot_attention)

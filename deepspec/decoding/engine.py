@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from deepspec.config import near_match
-from deepspec.decoding.attention import attending_slots
+from deepspec.decoding.attention import SLOTS
 from deepspec.decoding.cache import SlotCache, Span
 from deepspec.decoding.proposers import Proposal, Proposer
 from deepspec.decoding.requests import Completion, Request, Timing
 from deepspec.decoding.rows import Row
 from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw, probabilities
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, verify_greedy
-from deepspec.targets import Target
+from deepspec.targets import Target, attend_with
 
 
 class SpeculativeEngine:
@@ -84,7 +84,7 @@ class SpeculativeEngine:
         waiting = deque(enumerate(requests))
         rows: list[Row | None] = []  # rows[i] lives in slot i; None = free
         completions: dict[int, Completion] = {}
-        with attending_slots(self.target):
+        with attend_with(self.target.config, SLOTS):
             while waiting or any(rows):
                 free = [slot for slot in range(self.slots) if slot >= len(rows) or rows[slot] is None]
                 if waiting and free:

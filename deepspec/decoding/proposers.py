@@ -81,12 +81,10 @@ class DSparkProposer:
         self.has_confidences = draft.confidence_head is not None
         self._layers = range(draft.config.num_hidden_layers)
         self._store: KeyValueStore | None = None
-        self._columns = torch.arange(0)
 
     def allocate(self, slots: int, columns: int) -> None:
         weight = self.draft.fc.weight
         self._store = KeyValueStore(self.draft.config, slots, columns, weight.dtype, weight.device)
-        self._columns = torch.arange(columns, device=weight.device)
 
     @property
     def store(self) -> KeyValueStore:
@@ -102,8 +100,7 @@ class DSparkProposer:
         self, anchors: Tensor, positions: Tensor, columns: int, settings: SamplingSettings, uniform: Tensor | None
     ) -> Proposal:
         context = [self.store.read(layer, len(anchors), columns) for layer in self._layers]
-        written = self._columns[:columns] < positions[:, None]
-        hidden = self.draft.draft_block(anchors, positions, context, written)
+        hidden = self.draft.draft_block(anchors, positions, context)
         logits = self.draft.base_logits(hidden)
         if self.draft.markov_head is None:
             tokens, distribution = draw(logits, settings, uniform)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from deepspec.drafts.families import Family, head_dim_of
-from deepspec.kernels.attention import block_attention
+from deepspec.kernels.attention import ContextSpans, block_attention
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, each [batch or 1, tokens, head_dim]
 KeyValue = tuple[Tensor, Tensor]  # rotated keys and values, each [batch, kv_heads, tokens, head_dim]
@@ -34,14 +34,14 @@ class DraftAttention(nn.Module):
         _, keys = self.apply_rotary(keys[:, :0], keys, *rotation)
         return keys, self._split(self.v_proj(states), None)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, context: KeyValue, visible: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: Rotation, context: KeyValue, spans: ContextSpans) -> Tensor:
         """Attend.
 
         Args:
             hidden: [batch, blocks, slots, hidden]
             rotation: of the blocks' positions, [batch, blocks * slots, head_dim].
             context: keys and values of the context.
-            visible: bool [batch, blocks, context]
+            spans: context columns that each block sees.
 
         Returns:
             [batch, blocks, slots, hidden]
@@ -57,7 +57,7 @@ class DraftAttention(nn.Module):
             *context,
             keys.unflatten(2, blocks),
             values.unflatten(2, blocks),
-            visible,
+            spans,
             self.head_dim**-0.5,
         )
         return self.o_proj(attended.permute(0, 2, 3, 1, 4).flatten(3))
@@ -78,7 +78,7 @@ class DraftLayer(nn.Module):
         self.input_layernorm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rotation: Rotation, context: KeyValue, visible: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, rotation: Rotation, context: KeyValue, spans: ContextSpans) -> Tensor:
         """Same shapes as `DraftAttention.forward`."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, context, visible)
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, context, spans)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))

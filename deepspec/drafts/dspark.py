@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config, initialization
 
 from deepspec.config import ConfigError
@@ -19,6 +20,7 @@ from deepspec.drafts.confidence import build_confidence_head
 from deepspec.drafts.configuration import DraftSettings
 from deepspec.drafts.families import family_of
 from deepspec.drafts.heads import build_markov_head
+from deepspec.kernels.attention import ContextSpans
 
 
 class TargetWeights(Protocol):
@@ -51,6 +53,7 @@ class DSparkModel(PreTrainedModel):
         family = family_of(config)
         settings = DraftSettings.of(config)
         self.settings = settings
+        self.checkpoint_activations = False  # while training: keep only the layers' inputs for the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.fc = nn.Linear(len(settings.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
@@ -135,34 +138,36 @@ class DSparkModel(PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor,
+        position_ids: Tensor,
         context_features: Tensor,
-        anchor_positions: Tensor,
+        anchor_columns: Tensor,
         block_mask: Tensor,
-        context_mask: Tensor | None = None,
     ) -> Tensor:
-        """Draft all blocks of whole sequences at once, for training.
+        """Draft all blocks of whole documents at once, for training. A block sees nothing of another document.
 
         Args:
             input_ids: [batch, tokens]
+            position_ids: [batch, tokens], 0 where a document begins.
             context_features: [batch, tokens, captured layers * hidden]
-            anchor_positions: [batch, blocks]; anything in range where `block_mask` is off.
+            anchor_columns: [batch, blocks]; anything in range where `block_mask` is off.
             block_mask: bool [batch, blocks], False = padding block, which sees no context; its output means nothing.
-            context_mask: bool [batch, tokens], False = padding token. None = no padding.
 
         Returns:
             Hidden states after the final norm [batch, blocks, slots, hidden].
         """
         context = self.project_context(context_features)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        visible = self._visible(positions, anchor_positions) & block_mask[..., None]
-        if context_mask is not None:
-            visible = visible & context_mask[:, None]
+        anchor_positions = position_ids.gather(1, anchor_columns)
         return self._run_blocks(
-            input_ids.gather(1, anchor_positions),
+            input_ids.gather(1, anchor_columns),
             anchor_positions,
-            self.context_key_values(context, positions),
-            visible,
+            self.context_key_values(context, position_ids),
+            self._spans(anchor_columns, anchor_positions * block_mask),
         )
+
+    def compile_layers(self) -> None:
+        """torch.compile every layer in place; they share one compilation. Attention is a kernel of its own."""
+        for layer in self._draft_layers():
+            layer.compile(dynamic=True)
 
     def project_context(self, features: Tensor) -> Tensor:
         """H_ctx = RMSNorm(W_c [H_l1; ...; H_lm]).
@@ -190,7 +195,6 @@ class DSparkModel(PreTrainedModel):
         anchor_tokens: Tensor,
         anchor_positions: Tensor,
         context_cache: Sequence[KeyValue],
-        context_mask: Tensor,
     ) -> Tensor:
         """Draft one block per sequence from cached context, for decoding.
 
@@ -198,15 +202,13 @@ class DSparkModel(PreTrainedModel):
             anchor_tokens: [batch], the last known token.
             anchor_positions: [batch], its absolute position.
             context_cache: per layer keys and values [batch, kv_heads, columns, head_dim]; column j holds position j.
-                Every value must be finite, also in columns that no sequence uses.
-            context_mask: bool [batch, columns], True = written and accepted. Columns from the anchor on are ignored.
+                Columns from the anchor on are ignored, but must be finite.
 
         Returns:
             Hidden states after the final norm [batch, slots, hidden].
         """
-        columns = torch.arange(context_mask.shape[1], device=context_mask.device)[None]
-        visible = self._visible(columns, anchor_positions[:, None]) & context_mask[:, None]
-        return self._run_blocks(anchor_tokens[:, None], anchor_positions[:, None], context_cache, visible)[:, 0]
+        spans = self._spans(anchor_positions[:, None], anchor_positions[:, None])
+        return self._run_blocks(anchor_tokens[:, None], anchor_positions[:, None], context_cache, spans)[:, 0]
 
     def base_logits(self, hidden: Tensor) -> Tensor:
         """U_k through the frozen head, in float32: [..., hidden] -> [..., vocab]"""
@@ -219,20 +221,14 @@ class DSparkModel(PreTrainedModel):
         self.embed_tokens.requires_grad_(False)
         self.lm_head.requires_grad_(False)
 
-    def _visible(self, positions: Tensor, anchors: Tensor) -> Tensor:
-        """Context before the anchor and within the window: bool [batch, blocks, tokens].
-
-        Args:
-            positions: [batch or 1, tokens]
-            anchors: [batch, blocks]
-        """
-        visible = positions[:, None] < anchors[..., None]
+    def _spans(self, anchor_columns: Tensor, context_length: Tensor) -> ContextSpans:
+        """The columns right before each anchor: both [batch, blocks]."""
         if self.settings.context_window is not None:
-            visible = visible & (positions[:, None] >= anchors[..., None] - self.settings.context_window)
-        return visible
+            context_length = context_length.clamp(max=self.settings.context_window)
+        return ContextSpans(anchor_columns - context_length, anchor_columns)
 
     def _run_blocks(
-        self, anchor_tokens: Tensor, anchor_positions: Tensor, context: Sequence[KeyValue], visible: Tensor
+        self, anchor_tokens: Tensor, anchor_positions: Tensor, context: Sequence[KeyValue], spans: ContextSpans
     ) -> Tensor:
         """[batch, blocks] anchors -> [batch, blocks, slots, hidden]"""
         slots = torch.arange(self.block_size, device=anchor_tokens.device)
@@ -240,7 +236,10 @@ class DSparkModel(PreTrainedModel):
         hidden = self.embed_tokens(tokens)
         rotation = self.rotary_emb(hidden, (anchor_positions[..., None] + slots).flatten(1))
         for layer, key_values in zip(self._draft_layers(), context, strict=True):
-            hidden = layer(hidden, rotation, key_values, visible)
+            if self.checkpoint_activations and self.training:
+                hidden = checkpoint(layer, hidden, rotation, key_values, spans, use_reentrant=False)
+            else:
+                hidden = layer(hidden, rotation, key_values, spans)
         return self.norm(hidden)
 
     def _init_weights(self, module: nn.Module) -> None:

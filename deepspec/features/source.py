@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
-
+from deepspec.data.packing import TokenBatch
 from deepspec.targets import Target, TargetFeatures
 
 
 class FeatureSource(Protocol):
     """Anything that gives target features for a batch."""
 
-    def batch_features(self, input_ids: Tensor, attention_mask: Tensor) -> TargetFeatures:
-        """[batch, tokens] ids and mask (1 = real, 0 = right padding) -> features on the ids' device."""
+    def batch_features(self, batch: TokenBatch) -> TargetFeatures:
+        """Features [rows, tokens, ...] of every document as if it stood alone, on the device that trains.
+
+        What stands at padding means nothing, but is finite, and so is `final` where no slot can be supervised by it
+        (`deepspec.data.packing.anchor_candidates`).
+
+        Args:
+            batch: on the CPU.
+        """
         ...
 
 
@@ -25,8 +31,8 @@ class OnlineFeatures:
         self.target = target
         self.layer_ids = list(layer_ids)
 
-    def batch_features(self, input_ids: Tensor, attention_mask: Tensor) -> TargetFeatures:
-        return self.target.features(input_ids, attention_mask, self.layer_ids)
+    def batch_features(self, batch: TokenBatch) -> TargetFeatures:
+        return self.target.features(batch.to(self.target.device), self.layer_ids)
 
 
 def build_feature_source(name: str, target: Target, layer_ids: Sequence[int]) -> FeatureSource:

@@ -1,47 +1,135 @@
 """Block attention of a parallel drafter (DSpark section 3, DFlash section 3).
 
-Each of A blocks of G slots attends the context tokens it may see and every slot of its own block, never another block.
-One softmax runs over both parts. A block that sees no context still attends itself, so no row is ever empty.
+Each of A blocks of G slots attends a span of context tokens and every slot of its own block, never another block. One
+softmax runs over both parts. A block that sees no context still attends itself, so no row is ever empty.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 HIDDEN_SCORE = -1e30  # finite: a score that exp() turns into exactly 0
+CHUNK_OVERHEAD = 2**16  # a further chunk on the CPU costs about as much as this many scores
+LARGEST_CHUNK = 2**22  # scores in memory at once on the CPU
+SMALLEST_FLEX_HEAD = 16  # head_dim that FlexAttention's GPU kernels can do
 
 
+@dataclass(frozen=True)
+class ContextSpans:
+    """The context columns that every block sees: first <= column < last. Made once, used by every layer."""
+
+    first: Tensor  # long [batch, blocks]
+    last: Tensor  # long [batch, blocks]; = first where a block sees nothing
+
+    def visible(self, columns: int) -> Tensor:
+        """bool [batch, blocks, columns]"""
+        column = torch.arange(columns, device=self.first.device)
+        return (column >= self.first[..., None]) & (column < self.last[..., None])
+
+    @cached_property
+    def chunks(self) -> list[Chunk]:
+        """All blocks in runs of neighbours, cut where sharing columns would waste more than another run costs."""
+        firsts = self.first.amin(0).tolist()
+        lasts = self.last.amax(0).tolist()
+        overhead = CHUNK_OVERHEAD / self.first.shape[0]
+        largest = LARGEST_CHUNK / self.first.shape[0]
+        return _chunks(firsts, lasts, overhead, largest)
+
+    def flex_mask(self, slots: int, columns: int) -> BlockMask:
+        """For queries [blocks * slots] and keys [columns of context, then blocks * slots]."""
+        if (slots, columns) not in self._flex_masks:
+            self._flex_masks[slots, columns] = self._make_flex_mask(slots, columns)
+        return self._flex_masks[slots, columns]
+
+    @cached_property
+    def _flex_masks(self) -> dict[tuple[int, int], BlockMask]:
+        return {}
+
+    def _make_flex_mask(self, slots: int, columns: int) -> BlockMask:
+        first, last = self.first, self.last
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            block = query // slots
+            in_span = (key >= first[batch, block]) & (key < last[batch, block])
+            return torch.where(key < columns, in_span, (key - columns) // slots == block)
+
+        batch, blocks = first.shape
+        queries = blocks * slots
+        on_gpu = first.device.type == "cuda"
+        return create_block_mask(sees, batch, None, queries, columns + queries, device=first.device, _compile=on_gpu)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of blocks and the columns that any of them sees."""
+
+    blocks: slice
+    columns: slice
+
+
+def _chunks(firsts: list[int], lasts: list[int], overhead: float, largest: float) -> list[Chunk]:
+    """Greedy: a block joins the run while the columns it adds for all cost less than a run of its own.
+
+    Args:
+        firsts, lasts: span of every block.
+        overhead: price of a run, in blocks * columns.
+        largest: the most blocks * columns of a run of more than one block.
+    """
+    chunks: list[Chunk] = []
+    start = 0
+    low, high = firsts[0], lasts[0]
+    for block in range(1, len(firsts) + 1):
+        if block < len(firsts):
+            joint_low, joint_high = min(low, firsts[block]), max(high, lasts[block])
+            joint = (block + 1 - start) * (joint_high - joint_low)
+            apart = (block - start) * (high - low) + lasts[block] - firsts[block]
+            if joint <= apart + overhead and joint <= largest:
+                low, high = joint_low, joint_high
+                continue
+        chunks.append(Chunk(slice(start, block), slice(low, high)))
+        if block < len(firsts):
+            start, low, high = block, firsts[block], lasts[block]
+    return chunks
+
+
+@torch.compiler.disable
 def block_attention(
     query: Tensor,
     context_key: Tensor,
     context_value: Tensor,
     block_key: Tensor,
     block_value: Tensor,
-    visible: Tensor,
+    spans: ContextSpans,
     scale: float,
 ) -> Tensor:
-    """Attention of every block to its visible context and to itself.
+    """Attention of every block to its span of the context and to itself.
 
     Args:
         query: [batch, heads, blocks, slots, head_dim]
         context_key, context_value: [batch, kv_heads, context, head_dim]; finite also where nothing is visible.
         block_key, block_value: [batch, kv_heads, blocks, slots, head_dim]
-        visible: bool [batch, blocks, context], True = every slot of the block may attend this context token.
+        spans: of the blocks.
         scale: multiplies the scores.
 
     Returns:
         [batch, heads, blocks, slots, head_dim]
     """
+    inputs = (query, context_key, context_value, block_key, block_value, spans, scale)
     if query.shape[2] == 1 and not torch.is_grad_enabled():
-        return block_attention_single(query, context_key, context_value, block_key, block_value, visible, scale)
+        return block_attention_single(*inputs)
     if query.device.type == "cpu":
-        return block_attention_joint(query, context_key, context_value, block_key, block_value, visible, scale)
-    return block_attention_masked(query, context_key, context_value, block_key, block_value, visible, scale)
+        return block_attention_chunked(*inputs)
+    if query.device.type == "cuda" and query.shape[-1] >= SMALLEST_FLEX_HEAD:
+        return block_attention_flex(*inputs)
+    return block_attention_masked(*inputs)
 
 
 def block_attention_masked(
@@ -50,25 +138,62 @@ def block_attention_masked(
     context_value: Tensor,
     block_key: Tensor,
     block_value: Tensor,
-    visible: Tensor,
+    spans: ContextSpans,
     scale: float,
 ) -> Tensor:
-    """The meaning of `block_attention`: one long masked attention over context and all blocks.
-
-    Pays for the scores between blocks, but never stores scores where a memory-efficient kernel exists (GPU).
-    """
+    """The meaning of `block_attention`: one long attention over context and all blocks with a dense mask."""
     batch, heads, blocks, slots, _ = query.shape
     own_block = torch.eye(blocks, dtype=torch.bool, device=query.device)
     own_block = own_block.repeat_interleave(slots, 0).repeat_interleave(slots, 1).expand(batch, -1, -1)
-    mask = torch.cat([visible.repeat_interleave(slots, 1), own_block], dim=-1)
+    visible = spans.visible(context_key.shape[2]).repeat_interleave(slots, 1)
+    keys, values = _joined(context_key, context_value, block_key, block_value)
     attended = functional.scaled_dot_product_attention(
         query.flatten(2, 3),
-        torch.cat([context_key, block_key.flatten(2, 3)], dim=2).repeat_interleave(heads // block_key.shape[1], 1),
-        torch.cat([context_value, block_value.flatten(2, 3)], dim=2).repeat_interleave(heads // block_key.shape[1], 1),
-        attn_mask=mask[:, None],
+        keys.repeat_interleave(heads // block_key.shape[1], 1),
+        values.repeat_interleave(heads // block_key.shape[1], 1),
+        attn_mask=torch.cat([visible, own_block], dim=-1)[:, None],
         scale=scale,
     )
     return attended.view_as(query)
+
+
+def block_attention_flex(
+    query: Tensor,
+    context_key: Tensor,
+    context_value: Tensor,
+    block_key: Tensor,
+    block_value: Tensor,
+    spans: ContextSpans,
+    scale: float,
+) -> Tensor:
+    """`block_attention` by FlexAttention: neither scores nor a dense mask exist, and hidden tiles are not computed."""
+    heads, slots = query.shape[1], query.shape[3]
+    keys, values = _joined(context_key, context_value, block_key, block_value)
+    attend = _compiled_flex() if query.device.type == "cuda" else flex_attention
+    attended = attend(
+        query.flatten(2, 3),
+        keys,
+        values,
+        block_mask=spans.flex_mask(slots, context_key.shape[2]),
+        scale=scale,
+        enable_gqa=heads != block_key.shape[1],
+    )
+    return attended.view_as(query)
+
+
+@cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention)
+
+
+def _joined(
+    context_key: Tensor, context_value: Tensor, block_key: Tensor, block_value: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [batch, kv_heads, context + blocks * slots, head_dim]"""
+    return (
+        torch.cat([context_key, block_key.flatten(2, 3)], dim=2),
+        torch.cat([context_value, block_value.flatten(2, 3)], dim=2),
+    )
 
 
 def block_attention_single(
@@ -77,7 +202,7 @@ def block_attention_single(
     context_value: Tensor,
     block_key: Tensor,
     block_value: Tensor,
-    visible: Tensor,
+    spans: ContextSpans,
     scale: float,
 ) -> Tensor:
     """`block_attention` of one block per sequence, without gradients: a step of decoding.
@@ -87,25 +212,27 @@ def block_attention_single(
     batch, heads, _, slots, head_dim = query.shape
     kv_heads, context = context_key.shape[1:3]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * slots, head_dim) * scale
-    over_context = (grouped @ context_key.transpose(-1, -2)).masked_fill(~visible[:, None], HIDDEN_SCORE)
+    hidden = ~spans.visible(context)[:, None]
+    over_context = (grouped @ context_key.transpose(-1, -2)).masked_fill(hidden, HIDDEN_SCORE)
     over_block = grouped @ block_key[:, :, 0].transpose(-1, -2)
     weights = torch.cat([over_context, over_block], dim=-1).softmax(-1)
     attended = weights[..., :context] @ context_value + weights[..., context:] @ block_value[:, :, 0]
     return attended.view(query.shape)
 
 
-def block_attention_joint(
+def block_attention_chunked(
     query: Tensor,
     context_key: Tensor,
     context_value: Tensor,
     block_key: Tensor,
     block_value: Tensor,
-    visible: Tensor,
+    spans: ContextSpans,
     scale: float,
 ) -> Tensor:
-    """`block_attention` without the scores between blocks, in float32, with a written-out backward pass.
+    """`block_attention` in float32 for a CPU: a few neighbouring blocks at a time over the columns they see.
 
-    Cost grows with blocks * (context + slots). About three times as fast as the masked form on a CPU.
+    Only the log of the softmax's denominator is kept for the backward pass, which computes the scores again, so memory
+    grows with blocks + context. Cost grows with the spans, not with the length of the row.
     """
     batch, heads, blocks, slots, head_dim = query.shape
     kv_heads = block_key.shape[1]
@@ -113,23 +240,17 @@ def block_attention_joint(
     with torch.autocast(query.device.type, enabled=False):
         grouped = query.float().view(batch, kv_heads, group, blocks, slots, head_dim).transpose(2, 3)
         grouped = grouped.reshape(batch, kv_heads, blocks, group * slots, head_dim) * scale
-        bias = torch.zeros(visible.shape, device=query.device).masked_fill_(~visible, HIDDEN_SCORE)
-        attended = _JointAttention.apply(
-            grouped,
-            context_key.float(),
-            context_value.float(),
-            block_key.float(),
-            block_value.float(),
-            bias[:, None, :, None, :],
+        attended = _ChunkedAttention.apply(
+            grouped, context_key.float(), context_value.float(), block_key.float(), block_value.float(), spans
         )
     attended = attended.view(batch, kv_heads, blocks, group, slots, head_dim).transpose(2, 3)
     return attended.reshape(query.shape).to(query.dtype)
 
 
-class _JointAttention(torch.autograd.Function):
-    """softmax([q Kc^T + bias ; q Kb^T]) [Vc ; Vb] with q grouped per key/value head.
+class _ChunkedAttention(torch.autograd.Function):
+    """softmax([q Kc^T ; q Kb^T]) [Vc ; Vb] with q grouped per key/value head and scaled.
 
-    Shapes: query [b, k, a, n, h], context_* [b, k, c, h], block_* [b, k, a, g, h], bias [b, 1, a, 1, c].
+    Shapes: query [b, k, a, n, h], context_* [b, k, c, h], block_* [b, k, a, g, h].
     """
 
     @staticmethod
@@ -140,42 +261,65 @@ class _JointAttention(torch.autograd.Function):
         context_value: Tensor,
         block_key: Tensor,
         block_value: Tensor,
-        bias: Tensor,
+        spans: ContextSpans,
     ) -> Tensor:
-        context_scores = _over_context(query, context_key.transpose(-1, -2)).add_(bias)
         block_scores = query @ block_key.transpose(-1, -2)
-        largest = block_scores.amax(-1, keepdim=True)
-        if context_scores.shape[-1]:
-            largest = torch.maximum(largest, context_scores.amax(-1, keepdim=True))
-        context_weights = context_scores.sub_(largest).exp_()
-        block_weights = block_scores.sub_(largest).exp_()
-        total = context_weights.sum(-1, keepdim=True) + block_weights.sum(-1, keepdim=True)
-        context_weights.div_(total)
-        block_weights.div_(total)
-        attended = _over_context(context_weights, context_value) + block_weights @ block_value
-        ctx.save_for_backward(
-            query, context_key, context_value, block_key, block_value, context_weights, block_weights, attended
-        )
+        attended = torch.empty_like(query)
+        log_total = query.new_empty(*query.shape[:-1], 1)
+        for chunk in spans.chunks:
+            over_block = block_scores[:, :, chunk.blocks]
+            over_context = _context_scores(query, context_key, spans, chunk)
+            largest = over_block.amax(-1, keepdim=True)
+            if over_context.shape[-1]:
+                largest = torch.maximum(largest, over_context.amax(-1, keepdim=True))
+            over_context.sub_(largest).exp_()
+            over_block.sub_(largest).exp_()
+            total = over_context.sum(-1, keepdim=True).add_(over_block.sum(-1, keepdim=True))
+            result = _over_context(over_context, context_value[:, :, chunk.columns])
+            result += over_block @ block_value[:, :, chunk.blocks]
+            attended[:, :, chunk.blocks] = result.div_(total)
+            log_total[:, :, chunk.blocks] = total.log_().add_(largest)
+        ctx.save_for_backward(query, context_key, context_value, block_key, block_value, attended, log_total)
+        ctx.spans = spans
         return attended
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, context_key, context_value, block_key, block_value, context_weights, block_weights, attended = (
-            ctx.saved_tensors
-        )
+        query, context_key, context_value, block_key, block_value, attended, log_total = ctx.saved_tensors
         gradient = gradient.contiguous()
         centre = (gradient * attended).sum(-1, keepdim=True)
-        context_scores = _over_context(gradient, context_value.transpose(-1, -2)).sub_(centre).mul_(context_weights)
+        block_weights = (query @ block_key.transpose(-1, -2)).sub_(log_total).exp_()
         block_scores = (gradient @ block_value.transpose(-1, -2)).sub_(centre).mul_(block_weights)
+        query_gradient = block_scores @ block_key
+        key_gradient, value_gradient = torch.zeros_like(context_key), torch.zeros_like(context_value)
+        for chunk in ctx.spans.chunks:
+            rows = (slice(None), slice(None), chunk.blocks)
+            columns = (slice(None), slice(None), chunk.columns)
+            weights = _context_scores(query, context_key, ctx.spans, chunk).sub_(log_total[rows]).exp_()
+            scores = _over_context(gradient[rows], context_value[columns].transpose(-1, -2))
+            scores.sub_(centre[rows]).mul_(weights)
+            query_gradient[rows] += _over_context(scores, context_key[columns])
+            key_gradient[columns] += scores.flatten(2, 3).transpose(-1, -2) @ query[rows].flatten(2, 3)
+            value_gradient[columns] += weights.flatten(2, 3).transpose(-1, -2) @ gradient[rows].flatten(2, 3)
         return (
-            _over_context(context_scores, context_key) + block_scores @ block_key,
-            context_scores.flatten(2, 3).transpose(-1, -2) @ query.flatten(2, 3),
-            context_weights.flatten(2, 3).transpose(-1, -2) @ gradient.flatten(2, 3),
+            query_gradient,
+            key_gradient,
+            value_gradient,
             block_scores.transpose(-1, -2) @ query,
             block_weights.transpose(-1, -2) @ gradient,
             None,
         )
+
+
+def _context_scores(query: Tensor, context_key: Tensor, spans: ContextSpans, chunk: Chunk) -> Tensor:
+    """Scores of a chunk's blocks over its columns, hidden ones at HIDDEN_SCORE: [b, k, blocks, n, columns]"""
+    scores = _over_context(query[:, :, chunk.blocks], context_key[:, :, chunk.columns].transpose(-1, -2))
+    columns = torch.arange(chunk.columns.start, chunk.columns.stop)
+    first, last = spans.first[:, chunk.blocks, None], spans.last[:, chunk.blocks, None]
+    hidden = (columns < first) | (columns >= last)  # [b, blocks, columns]
+    bias = torch.zeros(hidden.shape).masked_fill_(hidden, HIDDEN_SCORE)
+    return scores.add_(bias[:, None, :, None])
 
 
 def _over_context(rows: Tensor, matrix: Tensor) -> Tensor:

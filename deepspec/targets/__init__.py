@@ -1,6 +1,7 @@
 """The frozen target language model: loading, feature capture, one small adapter per model family."""
 
 from deepspec.targets.adapters import ADAPTERS, TargetAdapter, adapter_for, register_adapter
+from deepspec.targets.attention import attend_with
 from deepspec.targets.target import (
     BUILTIN_WEIGHTS,
     Target,
@@ -18,6 +19,7 @@ __all__ = [
     "TargetAdapter",
     "TargetFeatures",
     "adapter_for",
+    "attend_with",
     "load_target",
     "load_target_config",
     "load_tokenizer",

@@ -21,7 +21,9 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
+from deepspec.data.packing import TokenBatch
 from deepspec.targets.adapters import adapter_for
+from deepspec.targets.attention import DOCUMENTS, attend_with
 from deepspec.targets.capture import capture_layers
 
 BUILTIN_WEIGHTS = Path(__file__).with_name("builtin_weights")
@@ -102,15 +104,21 @@ class Target:
         return self._fingerprint
 
     @torch.no_grad()
-    def features(self, input_ids: Tensor, attention_mask: Tensor, layer_ids: Sequence[int]) -> TargetFeatures:
-        """Features of whole right-padded sequences, for training.
+    def features(self, batch: TokenBatch, layer_ids: Sequence[int]) -> TargetFeatures:
+        """Features of whole documents, for training; those of padding mean nothing.
 
         Args:
-            input_ids: [batch, tokens]
-            attention_mask: [batch, tokens], 1 = real, 0 = padding; features at padding are meaningless.
+            batch: padded or packed, on the target's device.
             layer_ids: captured layers, -1 = embedding output.
         """
-        return self._run(layer_ids, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        with attend_with(self.config, DOCUMENTS):
+            return self._run(
+                layer_ids,
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                documents=batch.documents if batch.is_packed else None,
+            )
 
     @torch.no_grad()
     def forward(

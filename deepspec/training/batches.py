@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from deepspec.data.dataset import ConversationDataset, Sample, collate
-from deepspec.data.sampler import StepSampler
+from deepspec.config import TrainConfig
+from deepspec.data.dataset import ConversationDataset
+from deepspec.data.packing import Sample, TokenBatch, lay_out
+from deepspec.data.sampler import BatchSplit, StepSampler
 from deepspec.training.anchors import sample_anchors, supervise
 
 TRAINING, EVALUATION = 1, 2  # separate streams of anchors
@@ -22,20 +24,27 @@ TRAINING, EVALUATION = 1, 2  # separate streams of anchors
 class MicroBatch:
     """What one forward pass of one rank gets."""
 
-    inputs: dict[str, Tensor]  # input_ids, attention_mask, loss_mask [batch, tokens]; anchor_positions, block_mask
-    sample_index: list[int]  # places in the dataset
+    tokens: TokenBatch
+    blocks: dict[str, Tensor]  # anchors and labels, by the names of `DraftTrainingModule.forward`
     weight_sum: float  # of the supervised slots
-    tokens: int  # without padding
+
+    @property
+    def num_blocks(self) -> int:
+        """Without padding."""
+        return int(self.blocks["block_mask"].sum())
 
     def to(self, device: torch.device) -> dict[str, Tensor]:
-        return {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        """The arguments of `DraftTrainingModule.forward` that are no features."""
+        inputs = {"input_ids": self.tokens.input_ids, "position_ids": self.tokens.position_ids} | self.blocks
+        return {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)
 class MicroBatchMaker:
-    """Pads samples and draws their anchors: a pure function of (seed, epoch, place in the dataset)."""
+    """Lays samples out and draws their anchors: a pure function of (seed, epoch, place in the dataset)."""
 
     pad_id: int
+    packed: bool  # all samples in one row, or each padded in its own
     num_anchors: int
     block_size: int
     decay: float
@@ -43,17 +52,22 @@ class MicroBatchMaker:
     stream: int = TRAINING
 
     def __call__(self, samples: Sequence[Sample]) -> MicroBatch:
-        inputs = collate(samples, self.pad_id)
+        batch = lay_out([samples] if self.packed else [[sample] for sample in samples], self.pad_id)
         seeds = [anchor_seed(self.seed, self.stream, sample.epoch, sample.index) for sample in samples]
-        anchors, block_mask = sample_anchors(inputs["loss_mask"], self.num_anchors, seeds)
-        labels = supervise(inputs["input_ids"], inputs["loss_mask"], anchors, block_mask, self.block_size, self.decay)
-        return MicroBatch(
-            inputs={name: inputs[name] for name in ("input_ids", "attention_mask", "loss_mask")}
-            | {"anchor_positions": anchors, "block_mask": block_mask},
-            sample_index=[sample.index for sample in samples],
-            weight_sum=float(labels.weights.double().sum()),
-            tokens=int(inputs["attention_mask"].sum()),
+        anchors, block_mask = sample_anchors(batch, self.num_anchors, seeds)
+        labels = supervise(
+            batch.input_ids, batch.position_ids, batch.loss_mask, anchors, block_mask, self.block_size, self.decay
         )
+        return MicroBatch(
+            tokens=batch,
+            blocks={"anchor_columns": anchors, "block_mask": block_mask, **vars(labels)},
+            weight_sum=float(labels.weights.double().sum()),
+        )
+
+
+def batch_split(train: TrainConfig, world_size: int, lengths: np.ndarray | None = None) -> BatchSplit:
+    """How `train` wants a step split. Raises ConfigError when the global batch does not divide evenly."""
+    return BatchSplit(train.global_batch_size, world_size, train.micro_batch_size, train.tokens_per_batch, lengths)
 
 
 def anchor_seed(seed: int, stream: int, epoch: int, index: int) -> int:
@@ -64,16 +78,21 @@ def training_steps(
     dataset: ConversationDataset, sampler: StepSampler, make: MicroBatchMaker, num_workers: int
 ) -> Iterator[list[MicroBatch]]:
     """For each step, this rank's micro-batches. What fails in a worker process is raised here."""
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=make, num_workers=num_workers)
-    micro_batches = iter(loader)
-    while step := list(islice(micro_batches, sampler.accumulation)):
-        yield step
+    micro_batches = iter(DataLoader(dataset, batch_sampler=sampler, collate_fn=make, num_workers=num_workers))
+    for step in range(sampler.start_step, sampler.steps):
+        yield list(islice(micro_batches, len(sampler.micro_batches(step))))
 
 
 def evaluation_batches(
-    dataset: ConversationDataset, make: MicroBatchMaker, *, micro_batch_size: int, rank: int, world_size: int
-) -> Iterable[MicroBatch]:
-    """This rank's share of one pass over the dataset."""
-    keys = [(index, 0) for index in range(rank, len(dataset), world_size)]
-    batches = [keys[first : first + micro_batch_size] for first in range(0, len(keys), micro_batch_size)]
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=make)
+    dataset: ConversationDataset, make: MicroBatchMaker, split: BatchSplit, rank: int
+) -> Iterator[tuple[MicroBatch, bool]]:
+    """This rank's share of one pass over the dataset, and whether it counts.
+
+    Every rank gets the same number, because with partitioned weights all ranks run the forward pass together: a rank
+    with less to do repeats a batch that does not count.
+    """
+    shares = split([(index, 0) for index in range(len(dataset))])
+    mine = [keys for keys in shares[rank] if keys]
+    repeated = [shares[0][0]] * (max(map(len, shares)) - len(mine))
+    loader = DataLoader(dataset, batch_sampler=mine + repeated, collate_fn=make)
+    yield from ((batch, number < len(mine)) for number, batch in enumerate(loader))

@@ -9,12 +9,12 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from transformers.utils.logging import disable_progress_bar
 
 from deepspec.config import ConfigError, TrainConfig, TrainRun
-from deepspec.data.sampler import micro_batches_per_step
 from deepspec.ranks import check_ranks, launched_ranks, runs_on_cpu
+from deepspec.training.batches import batch_split
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a rank that waits longer for the others fails
 
@@ -36,14 +36,11 @@ def start_accelerator(config: TrainRun) -> Accelerator:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed even where nothing uses it
     if with_deepspeed and use_cpu:
         _switch_off_compiled_collectives()
-    accumulation = micro_batches_per_step(
-        config.train.global_batch_size, config.train.micro_batch_size, launched_ranks()
-    )
+    batch_split(config.train, launched_ranks())
     accelerator = Accelerator(
         cpu=use_cpu and not with_deepspeed,
         mixed_precision="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
-        deepspeed_plugin=_deepspeed_plugin(config.train, accumulation) if with_deepspeed else None,
+        deepspeed_plugin=_deepspeed_plugin(config.train) if with_deepspeed else None,
         log_with=None if config.logging.wandb.mode == "disabled" else "wandb",
         kwargs_handlers=[_process_group(use_cpu)],
     )
@@ -73,14 +70,14 @@ def _switch_off_compiled_collectives() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _deepspeed_plugin(train: TrainConfig, accumulation: int) -> DeepSpeedPlugin:
-    """The launcher's DeepSpeed settings with the batch and the clipping of this run."""
-    plugin = DeepSpeedPlugin(gradient_accumulation_steps=accumulation, gradient_clipping=train.grad_clip)
+def _deepspeed_plugin(train: TrainConfig) -> DeepSpeedPlugin:
+    """The launcher's DeepSpeed settings with the clipping of this run. The trainer says where accumulation ends."""
+    plugin = DeepSpeedPlugin(gradient_accumulation_steps=1, gradient_clipping=train.grad_clip)
     if plugin.zero_stage not in (0, 1, 2):
         raise ConfigError(
             f"zero_stage={plugin.zero_stage}: the draft's weights are saved from one rank, so use ZeRO stage 1 or 2"
         )
-    plugin.deepspeed_config["gradient_accumulation_steps"] = accumulation
+    plugin.deepspeed_config["gradient_accumulation_steps"] = 1
     plugin.deepspeed_config["gradient_clipping"] = train.grad_clip
     plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = train.micro_batch_size
     return plugin

@@ -6,8 +6,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+
+PARTS = ("wait", "features", "forward", "backward", "optimizer")
+
+
+@dataclass
+class StepCount:
+    """What one optimizer step worked on, over all ranks."""
+
+    tokens: int = 0  # without padding
+    anchors: int = 0  # blocks
 
 
 class Meter:
@@ -18,29 +29,57 @@ class Meter:
         self._restart()
 
     @contextmanager
-    def step(self, tokens: int) -> Iterator[None]:
-        """Around one optimizer step over `tokens` tokens (of all ranks), which ends synchronised with the device."""
+    def step(self) -> Iterator[StepCount]:
+        """Around one optimizer step, which fills in what it worked on and ends synchronised with the device."""
         began = time.perf_counter()
-        yield
+        count = StepCount()
+        yield count
         self.seconds += time.perf_counter() - began
-        self.tokens += tokens
+        self.tokens += count.tokens
+        self.anchors += count.anchors
         self.steps += 1
 
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Around one of PARTS. On a GPU its own time is taken, without waiting for it."""
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._parts[name] += time.perf_counter() - began
+
     def read(self) -> dict[str, float]:
-        """tokens_per_second (all ranks, without padding), step_seconds, peak_memory_gib (this rank)."""
+        """tokens_per_second, anchors_per_second (of all ranks), step_seconds with its parts, peak_memory_gib (of this).
+
+        The parts are seconds a step: `wait` for data and other ranks, `features` not hidden behind other work,
+        `forward`, `backward` (with the exchange of gradients; with DeepSpeed also the optimizer), `optimizer`.
+        """
+        for name, start, end in self._events:
+            end.synchronize()
+            self._parts[name] += start.elapsed_time(end) / 1e3
+        steps, seconds = max(1, self.steps), max(self.seconds, 1e-9)
         figures = {
-            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
-            "step_seconds": self.seconds / max(1, self.steps),
-            "peak_memory_gib": _peak_memory(self.device) / 2**30,
+            "tokens_per_second": self.tokens / seconds,
+            "anchors_per_second": self.anchors / seconds,
+            "step_seconds": self.seconds / steps,
+            **{f"{name}_seconds": total / steps for name, total in self._parts.items()},
+            "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
         self._restart()
         return figures
 
     def _restart(self) -> None:
-        self.seconds, self.tokens, self.steps = 0.0, 0, 0
+        self.seconds, self.tokens, self.anchors, self.steps = 0.0, 0, 0, 0
+        self._parts = dict.fromkeys(PARTS, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
     """Bytes: of the device's allocator on a GPU, of the whole process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

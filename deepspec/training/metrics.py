@@ -10,22 +10,25 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def acceptance_sums(accept: Tensor, supervised: Tensor, block_mask: Tensor) -> dict[str, Tensor]:
+def acceptance_sums(accept: Tensor, slots: Tensor, block_mask: Tensor, block_size: int) -> dict[str, Tensor]:
     """Sums behind accept_rate@k and tau.
 
     Args:
-        accept: [N], 1 - TV of every supervised slot, in the order of `supervised`.
-        supervised: bool [batch, blocks, slots]
-        block_mask: bool [batch, blocks]
+        accept: [N], 1 - TV of every supervised slot.
+        slots: [N], their places in rows * blocks * block_size.
+        block_mask: bool [rows, blocks]
 
     Returns:
-        `slots` [slots] how many are supervised, `accept` [slots], `blocks` scalar, and `expected_accepted` scalar:
-        sum over blocks of sum_k prod_{i<=k} accept_i, where an unsupervised slot accepts nothing.
+        `slots` [block_size] how many are supervised, `accept` [block_size], `blocks` scalar, and `expected_accepted`
+        scalar: sum over blocks of sum_k prod_{i<=k} accept_i, where an unsupervised slot accepts nothing.
     """
-    per_slot = torch.zeros(supervised.shape, device=accept.device).masked_scatter_(supervised, accept.float())
+    per_slot = torch.zeros(block_mask.numel() * block_size, device=accept.device)
+    supervised = per_slot.clone()
+    per_slot[slots], supervised[slots] = accept.float(), 1.0
+    per_slot = per_slot.view(-1, block_size)
     return {
-        "slots": supervised.sum((0, 1)).float(),
-        "accept": per_slot.sum((0, 1)),
+        "slots": supervised.view(-1, block_size).sum(0),
+        "accept": per_slot.sum(0),
         "blocks": block_mask.sum().float(),
         "expected_accepted": per_slot.cumprod(-1).sum(),
     }

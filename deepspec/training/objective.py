@@ -12,7 +12,7 @@ from torch.nn import functional
 from deepspec.config import LossConfig
 from deepspec.drafts.dspark import DSparkModel
 from deepspec.kernels.losses import vocabulary_losses
-from deepspec.training.anchors import SlotLabels, supervise
+from deepspec.training.anchors import SlotLabels
 from deepspec.training.metrics import acceptance_sums
 
 
@@ -31,10 +31,10 @@ def draft_objective(
 
     Args:
         draft: gives the heads; must have no gradient on its `lm_head`.
-        hidden: [batch, blocks, slots, hidden], the backbone's output.
+        hidden: [rows, blocks, slots, hidden], the backbone's output.
         labels: from `supervise`.
-        final_features: [batch, tokens, hidden], the target's states after its final norm.
-        block_mask: bool [batch, blocks]
+        final_features: [rows, tokens, hidden], the target's states after its final norm.
+        block_mask: bool [rows, blocks]
         loss: weights of the three losses. `confidence` counts only if the draft has the head.
         with_metrics: also sum acceptance and confidence error.
 
@@ -44,21 +44,19 @@ def draft_objective(
         `confidence_abs_error`, `confidence_bias`. Keys do not depend on the batch.
     """
     needs_target = with_metrics or loss.tv > 0 or draft.confidence_head is not None
-    chosen = labels.supervised.flatten().nonzero().squeeze(1)  # [N]
-    weights = labels.weights.flatten()[chosen]
-    states = hidden.flatten(0, 2)[chosen]
-    prev_tokens = labels.prev_tokens.flatten()[chosen]
+    weights = labels.weights
+    states = hidden.flatten(0, 2)[labels.slots]
     latents = None
     if draft.markov_head is not None:
-        latents = draft.markov_head.latents(labels.prev_tokens, hidden).flatten(0, 2)[chosen]
+        latents = draft.markov_head.latents(labels.prev_tokens, hidden).flatten(0, 2)[labels.slots]
 
     vocabulary = vocabulary_losses(
         states,
         latents,
         draft.lm_head.weight,
         None if draft.markov_head is None else draft.markov_head.markov_w2.weight,
-        labels.targets.flatten()[chosen],
-        _states_that_predict(labels, final_features)[chosen] if needs_target else None,
+        labels.targets,
+        final_features.flatten(0, 1)[labels.sources] if needs_target else None,
         weights,
         loss.ce,
         loss.tv,
@@ -69,9 +67,11 @@ def draft_objective(
         accept = 1 - 0.5 * vocabulary.l1
         sums["tv"] = (weights * vocabulary.l1).sum()
         if with_metrics:
-            sums |= acceptance_sums(accept, labels.supervised, block_mask)
+            sums |= acceptance_sums(accept, labels.slots, block_mask, labels.prev_tokens.shape[-1])
         if draft.confidence_head is not None:
-            embedding = None if draft.markov_head is None else draft.markov_head.embed(prev_tokens)
+            embedding = None
+            if draft.markov_head is not None:
+                embedding = draft.markov_head.embed(labels.prev_tokens.flatten()[labels.slots])
             logits = draft.confidence_head(states, embedding).float()
             cross_entropy = functional.binary_cross_entropy_with_logits(logits, accept, reduction="none")
             confidence_loss = (weights * cross_entropy).sum()
@@ -83,12 +83,6 @@ def draft_objective(
                 sums["confidence_bias"] = (weights * error).sum()
     sums["loss"] = total
     return sums
-
-
-def _states_that_predict(labels: SlotLabels, final_features: Tensor) -> Tensor:
-    """The target's state at anchor + k - 1 for every slot: [batch * blocks * slots, hidden]"""
-    positions = labels.source_positions.flatten(1)
-    return final_features.gather(1, positions[..., None].expand(-1, -1, final_features.shape[-1])).flatten(0, 1)
 
 
 class DraftTrainingModule(nn.Module):
@@ -106,23 +100,27 @@ class DraftTrainingModule(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        loss_mask: Tensor,
-        attention_mask: Tensor,
+        position_ids: Tensor,
+        anchor_columns: Tensor,
+        block_mask: Tensor,
+        prev_tokens: Tensor,
+        slots: Tensor,
+        targets: Tensor,
+        sources: Tensor,
+        weights: Tensor,
         context_features: Tensor,
         final_features: Tensor,
-        anchor_positions: Tensor,
-        block_mask: Tensor,
         with_metrics: bool = True,
     ) -> dict[str, Tensor]:
         """Sums of one micro-batch, see `draft_objective`.
 
         Args:
-            input_ids, loss_mask, attention_mask: [batch, tokens]
-            context_features: [batch, tokens, captured layers * hidden]
-            final_features: [batch, tokens, hidden]
-            anchor_positions, block_mask: [batch, blocks], from `sample_anchors`.
+            input_ids, position_ids: [rows, tokens]
+            anchor_columns, block_mask: [rows, blocks], from `sample_anchors`.
+            prev_tokens, slots, targets, sources, weights: the fields of `SlotLabels`.
+            context_features: [rows, tokens, captured layers * hidden]
+            final_features: [rows, tokens, hidden]
         """
-        draft = self.draft
-        hidden = draft(input_ids, context_features, anchor_positions, block_mask, attention_mask.bool())
-        labels = supervise(input_ids, loss_mask, anchor_positions, block_mask, draft.block_size, self.loss.decay)
-        return draft_objective(draft, hidden, labels, final_features, block_mask, self.loss, with_metrics)
+        hidden = self.draft(input_ids, position_ids, context_features, anchor_columns, block_mask)
+        labels = SlotLabels(prev_tokens, slots, targets, sources, weights)
+        return draft_objective(self.draft, hidden, labels, final_features, block_mask, self.loss, with_metrics)

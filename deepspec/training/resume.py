@@ -32,12 +32,15 @@ FREE_KEYS = {
     "data.eval_samples",
     "data.num_workers",
     "train.micro_batch_size",
+    "train.tokens_per_batch",
+    "train.compile",
+    "train.activation_checkpointing",
     "train.save_steps",
     "train.keep_checkpoints",
     "train.eval_steps",
     "train.resume",
 }
-FREE_GROUPS = ("logging.",)
+FREE_GROUPS = ("logging.", "features.")
 
 
 @dataclass(frozen=True)

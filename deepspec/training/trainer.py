@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -12,12 +14,15 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from deepspec.config import TrainRun
-from deepspec.data.sampler import StepSampler, micro_batches_per_step
+from deepspec.data.sampler import StepSampler
+from deepspec.features import FeatureQueue
+from deepspec.targets import TargetFeatures
 from deepspec.training.batches import (
     EVALUATION,
     TRAINING,
     MicroBatch,
     MicroBatchMaker,
+    batch_split,
     evaluation_batches,
     training_steps,
 )
@@ -45,12 +50,14 @@ class Trainer:
         self.accelerator = accelerator
         self.materials = materials
         self.steps = total_steps(config.train, len(materials.train_set))
-        self.accumulation = micro_batches_per_step(
-            config.train.global_batch_size, config.train.micro_batch_size, accelerator.num_processes
-        )
+        self.split = batch_split(config.train, accelerator.num_processes, materials.train_set.lengths())
+        self.features = FeatureQueue(materials.features, config.features.lookahead, accelerator.device)
         self.autocast = autocast(accelerator, config.train.mixed_precision)
         self.meter = Meter(accelerator.device)
         self.module = DraftTrainingModule(materials.draft, config.train.loss).to(accelerator.device)
+        materials.draft.checkpoint_activations = config.train.activation_checkpointing
+        if config.train.compile:
+            materials.draft.compile_layers()
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.model, self.optimizer = accelerator.prepare(self.module, self._build_optimizer())
         self.state = TrainerState(config, accelerator, materials.draft, self.steps)
@@ -74,11 +81,14 @@ class Trainer:
 
     def run(self, stop: StopRequest, reporter: Reporter) -> bool:
         """Train and leave a checkpoint of the last step. Returns False when stopped before the end."""
-        for batches in self._training_batches():
-            weight_sum, tokens, stops = self._over_ranks(batches, stop.requested)
-            if stops:
-                break
-            with self.meter.step(tokens):
+        steps = self._announced_steps()
+        while self.done < self.steps:
+            with self.meter.step() as step:
+                with self.meter.part("wait"):
+                    batches = next(steps)
+                    weight_sum, step.tokens, step.anchors, stops = self._over_ranks(batches, stop.requested)
+                if stops:
+                    break
                 row = self._step(batches, weight_sum)
             self.done += 1
             row |= self.meter.read() if row else {}
@@ -87,6 +97,7 @@ class Trainer:
             reporter.step(self.done, self.loss, row)
             if self.done % self.config.train.save_steps == 0:
                 self._save()
+        self.features.close()
         if self._saved_step != self.done:
             self._save()
         return self.done == self.steps
@@ -94,43 +105,50 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Metrics over all of data.eval_files, with the same anchors every time."""
-        assert self.materials.eval_set is not None
-        batches = evaluation_batches(
-            self.materials.eval_set,
-            self._batch_maker(EVALUATION),
-            micro_batch_size=self.config.train.micro_batch_size,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-        )
+        eval_set = self.materials.eval_set
+        assert eval_set is not None
+        split = batch_split(self.config.train, self.accelerator.num_processes, eval_set.lengths())
+        parts: list[Sums] = []
         self.module.eval()
-        sums = add_sums(self._forward(self.module, batch, with_metrics=True) for batch in batches)
+        for batch, counts in evaluation_batches(
+            eval_set, self._batch_maker(EVALUATION), split, self.accelerator.process_index
+        ):
+            features = self.materials.features.batch_features(batch.tokens)
+            sums = self._forward(self.module, batch, features, with_metrics=True)
+            if counts:
+                parts.append(sums)
         self.module.train()
-        return self._summary(sums)
+        return self._summary(add_sums(parts))
 
     def _step(self, batches: Sequence[MicroBatch], weight_sum: float) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches; metrics when this step is logged.
 
-        The loss is divided by the weight sum of the whole global batch. accelerate (or DeepSpeed) divides by the
-        accumulation steps and DDP averages over ranks, so both are multiplied back in.
+        The loss is divided by the weight sum of the whole global batch. DDP and DeepSpeed average gradients over ranks,
+        so their number is multiplied back in.
         """
         is_logged = (self.done + 1) % self.config.logging.log_steps == 0 or self.done + 1 == self.steps
         rate = self._set_learning_rate()
         if weight_sum == 0:
-            self._note_empty_step()
+            self._note_empty_step(batches)
             return {"lr": rate, "supervised_weight": 0.0} if is_logged else {}
         self._empty_samples = 0
-        scale = self.accumulation * self.accelerator.num_processes / weight_sum
+        scale = self.accelerator.num_processes / weight_sum
         parts: list[Sums] = []
-        gradient_norm = math.nan
         for batch in batches:
-            with self.accelerator.accumulate(self.model):
-                sums = self._forward(self.model, batch, with_metrics=is_logged)
-                parts.append({name: value.detach() for name, value in sums.items()})
-                if batch is batches[-1]:  # DeepSpeed applies the step inside this backward pass
-                    self.loss = self._checked_loss(parts, batches) / weight_sum
-                self.accelerator.backward(sums["loss"] * scale)
-                if self.accelerator.sync_gradients:
-                    gradient_norm = self._apply_gradients()
+            is_last = batch is batches[-1]
+            self.accelerator.sync_gradients = is_last
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                with self.meter.part("features"):
+                    features = self.features.next()
+                with self.meter.part("forward"):
+                    sums = self._forward(self.model, batch, features, with_metrics=is_logged)
+                    parts.append({name: value.detach() for name, value in sums.items()})
+                    if is_last:  # DeepSpeed applies the step inside this backward pass
+                        self.loss = self._checked_loss(parts, batches) / weight_sum
+                with self.meter.part("backward"):
+                    self.accelerator.backward(sums["loss"] * scale)
+        with self.meter.part("optimizer"):
+            gradient_norm = self._apply_gradients()
         if not is_logged:
             return {}
         figures = {
@@ -141,12 +159,15 @@ class Trainer:
         }
         return self._summary(add_sums(parts)) | figures
 
-    def _forward(self, model: torch.nn.Module, batch: MicroBatch, *, with_metrics: bool) -> Sums:
-        inputs = batch.to(self.accelerator.device)
-        features = self.materials.features.batch_features(inputs["input_ids"], inputs["attention_mask"])
+    def _forward(
+        self, model: torch.nn.Module, batch: MicroBatch, features: TargetFeatures, *, with_metrics: bool
+    ) -> Sums:
         with self.autocast:
             return model(
-                **inputs, context_features=features.context, final_features=features.final, with_metrics=with_metrics
+                **batch.to(self.accelerator.device),
+                context_features=features.context,
+                final_features=features.final,
+                with_metrics=with_metrics,
             )
 
     def _apply_gradients(self) -> float:
@@ -169,7 +190,9 @@ class Trainer:
         if math.isfinite(total):
             return total
         pairs = zip(losses.isfinite().tolist(), batches, strict=True)
-        culprits = gather_object([index for finite, batch in pairs if not finite for index in batch.sample_index])
+        culprits = gather_object(
+            [document.index for finite, batch in pairs if not finite for document in batch.tokens.documents]
+        )
         raise RuntimeError(self._explain_not_finite("the loss", total, culprits))
 
     def _explain_not_finite(self, what: str, value: float, culprits: list[int]) -> str:
@@ -183,16 +206,23 @@ class Trainer:
             "output_dir"
         )
 
-    def _over_ranks(self, batches: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, int, bool]:
-        """Weight sum and tokens of the global batch, and whether any rank was told to stop."""
-        totals = [sum(batch.weight_sum for batch in batches), sum(batch.tokens for batch in batches), stop_requested]
+    def _over_ranks(self, batches: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, int, int, bool]:
+        """Weight sum, tokens and anchors of the global batch, and whether any rank was told to stop."""
+        totals = [
+            sum(batch.weight_sum for batch in batches),
+            sum(batch.tokens.tokens for batch in batches),
+            sum(batch.num_blocks for batch in batches),
+            stop_requested,
+        ]
         if self.accelerator.num_processes > 1:
             tensor = torch.tensor(totals, dtype=torch.float64, device=self.accelerator.device)
             totals = self.accelerator.reduce(tensor, "sum").tolist()
-        return float(totals[0]), int(totals[1]), bool(totals[2])
+        return float(totals[0]), int(totals[1]), int(totals[2]), bool(totals[3])
 
-    def _note_empty_step(self) -> None:
+    def _note_empty_step(self, batches: Sequence[MicroBatch]) -> None:
         """A global batch without a single anchor changes nothing; a whole pass of them is an error."""
+        for _ in batches:
+            self.features.next()
         logger.warning("step %d: no sample of the batch has a place for an anchor; nothing is learned", self.done + 1)
         self._empty_samples += self.config.train.global_batch_size
         if self._empty_samples >= len(self.materials.train_set):
@@ -202,24 +232,30 @@ class Trainer:
                 f"and data.max_length={self.config.data.max_length}"
             )
 
-    def _training_batches(self) -> Iterator[list[MicroBatch]]:
+    def _announced_steps(self) -> Iterator[list[MicroBatch]]:
+        """Each step's micro-batches, once the features of the step behind it have been asked for as well."""
         sampler = StepSampler(
+            self.split,
             len(self.materials.train_set),
-            global_batch_size=self.config.train.global_batch_size,
-            micro_batch_size=self.config.train.micro_batch_size,
             rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
             seed=self.config.seed,
             start_step=self.done,
             steps=self.steps,
         )
-        return training_steps(
-            self.materials.train_set, sampler, self._batch_maker(TRAINING), self.config.data.num_workers
-        )
+        maker = self._batch_maker(TRAINING)
+        steps = training_steps(self.materials.train_set, sampler, maker, self.config.data.num_workers)
+        ahead: deque[list[MicroBatch]] = deque()
+        for batches in steps:
+            self.features.announce(batch.tokens for batch in batches)
+            ahead.append(batches)
+            if len(ahead) > 1:
+                yield ahead.popleft()
+        yield from ahead
 
     def _batch_maker(self, stream: int) -> MicroBatchMaker:
         return MicroBatchMaker(
             pad_id=self.materials.pad_id,
+            packed=self.config.train.tokens_per_batch is not None,
             num_anchors=self.config.train.num_anchors,
             block_size=self.materials.draft.block_size,
             decay=self.config.train.loss.decay,
