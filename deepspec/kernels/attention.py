@@ -76,7 +76,7 @@ class Chunk:
 
 
 def _chunks(firsts: list[int], lasts: list[int], overhead: float, largest: float) -> list[Chunk]:
-    """Greedy: a block joins the run while the columns it adds for all cost less than a run of its own.
+    """Greedy: a block joins the run while the columns that are computed for nothing cost less than another run.
 
     Args:
         firsts, lasts: span of every block.
@@ -84,20 +84,15 @@ def _chunks(firsts: list[int], lasts: list[int], overhead: float, largest: float
         largest: the most blocks * columns of a run of more than one block.
     """
     chunks: list[Chunk] = []
-    start = 0
-    low, high = firsts[0], lasts[0]
-    for block in range(1, len(firsts) + 1):
-        if block < len(firsts):
-            joint_low, joint_high = min(low, firsts[block]), max(high, lasts[block])
-            joint = (block + 1 - start) * (joint_high - joint_low)
-            apart = (block - start) * (high - low) + lasts[block] - firsts[block]
-            if joint <= apart + overhead and joint <= largest:
-                low, high = joint_low, joint_high
-                continue
-        chunks.append(Chunk(slice(start, block), slice(low, high)))
-        if block < len(firsts):
-            start, low, high = block, firsts[block], lasts[block]
-    return chunks
+    start, low, high, needed = 0, firsts[0], lasts[0], 0
+    for block, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+        needed += last - first
+        joint = (block + 1 - start) * (max(high, last) - min(low, first))
+        if block > start and (joint > needed + overhead or joint > largest):
+            chunks.append(Chunk(slice(start, block), slice(low, high)))
+            start, low, high, needed = block, first, last, last - first
+        low, high = min(low, first), max(high, last)
+    return [*chunks, Chunk(slice(start, len(firsts)), slice(low, high))]
 
 
 @torch.compiler.disable
