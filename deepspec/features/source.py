@@ -12,6 +12,8 @@ from deepspec.targets import Target, TargetFeatures
 class FeatureSource(Protocol):
     """Anything that gives target features for a batch."""
 
+    flops_per_token: float  # of the target's forward pass on the training device; 0 when it runs elsewhere
+
     def batch_features(self, batch: TokenBatch) -> TargetFeatures:
         """Features [rows, tokens, ...] of every document as if it stood alone, on the device that trains.
 
@@ -30,6 +32,7 @@ class OnlineFeatures:
     def __init__(self, target: Target, layer_ids: Sequence[int]):
         self.target = target
         self.layer_ids = list(layer_ids)
+        self.flops_per_token = 2.0 * sum(weight.numel() for weight in target.decoder_layers.parameters())
 
     def batch_features(self, batch: TokenBatch) -> TargetFeatures:
         return self.target.features(batch.to(self.target.device), self.layer_ids)
