@@ -58,7 +58,7 @@ def test_chunks_cover_every_block_once_and_do_not_mix_long_documents() -> None:
     lasts = list(range(100, 1100, 10)) + list(range(1200, 2100, 10))
     firsts = [0] * 100 + [1100] * 90
     spans = ContextSpans(torch.tensor([firsts]), torch.tensor([lasts]))
-    chunks = spans.chunks
+    chunks = spans.chunks(10)
     covered = [block for chunk in chunks for block in range(chunk.blocks.start, chunk.blocks.stop)]
     assert covered == list(range(190))
     for chunk in chunks:
@@ -70,7 +70,7 @@ def test_chunks_cover_every_block_once_and_do_not_mix_long_documents() -> None:
         (chunk.blocks.stop - chunk.blocks.start) * (chunk.columns.stop - chunk.columns.start) for chunk in chunks
     )
     needed = sum(last - first for first, last in zip(firsts, lasts, strict=True))
-    assert computed < needed + len(chunks) * attention.CHUNK_OVERHEAD
+    assert computed <= needed + len(chunks) * attention.CHUNK_OVERHEAD / 10
 
 
 def test_memory_of_chunked_attention_grows_with_blocks_plus_context() -> None:
