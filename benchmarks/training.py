@@ -3,9 +3,9 @@
     python -m benchmarks.training [model=builtin|wide|qwen3_4b] [repeats=3] [steps=3]
 
 Every measurement runs in a fresh process on the same documents, whose lengths are long-tailed; those of one repeat
-follow one another, so a slow spell of the machine hits all of them, and ratios are taken within a repeat. A step is what
-train.py does: features of the resident target, forward, backward, AdamW. Memory is the peak while stepping above what
-one tiny step, which loads every library, had needed. `qwen3_4b` is that shape with random weights, for a large GPU.
+follow one another, so a slow spell of the machine hits all of them, and ratios are taken within a repeat. A step is
+what train.py does: features of the resident target, forward, backward, AdamW. Memory is the peak while stepping above
+what one tiny step, which loads every library, had needed. `qwen3_4b` has random weights and needs a large GPU.
 """
 
 from __future__ import annotations

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Protocol
+
+import torch
 
 from deepspec.data.packing import TokenBatch
 from deepspec.targets import Target, TargetFeatures
@@ -29,16 +32,26 @@ class FeatureSource(Protocol):
 class OnlineFeatures:
     """The target is resident and computes the features of each batch as it comes. Nothing is stored."""
 
-    def __init__(self, target: Target, layer_ids: Sequence[int]):
+    def __init__(self, target: Target, layer_ids: Sequence[int], device: torch.device | None = None):
+        """
+        Args:
+            device: where the features are wanted; None = where the target is.
+        """
         self.target = target
         self.layer_ids = list(layer_ids)
+        self.device = target.device if device is None else device
+        self._lock = Lock()  # the target is not reentrant; a background thread may ask too
         self.flops_per_token = 2.0 * sum(weight.numel() for weight in target.decoder_layers.parameters())
 
     def batch_features(self, batch: TokenBatch) -> TargetFeatures:
-        return self.target.features(batch.to(self.target.device), self.layer_ids)
+        with self._lock:
+            features = self.target.features(batch.to(self.target.device), self.layer_ids)
+        return TargetFeatures(*(tensor.to(self.device, non_blocking=True) for tensor in vars(features).values()))
 
 
-def build_feature_source(name: str, target: Target, layer_ids: Sequence[int]) -> FeatureSource:
+def build_feature_source(
+    name: str, target: Target, layer_ids: Sequence[int], device: torch.device | None = None
+) -> FeatureSource:
     """The source that `features.source` names (its values are checked by `deepspec.config.validate`)."""
     sources = {"online": OnlineFeatures}
-    return sources[name](target, layer_ids)
+    return sources[name](target, layer_ids, device)

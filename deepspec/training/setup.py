@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         config.target.path,
         revision=config.target.revision,
         dtype=getattr(torch, config.target.dtype),
-        device=accelerator.device,
+        device=target_device(config.features.target_device, accelerator),
     )
     draft_config.target_fingerprint = target.fingerprint
     if checkpoint is None:
@@ -61,11 +62,34 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         draft = _in_aligned_memory(load_draft(checkpoint, dtype=torch.float32, target=target))
     return Materials(
         draft=draft.train(),
-        features=build_feature_source(config.features.source, target, DraftSettings.of(draft_config).target_layer_ids),
+        features=build_feature_source(
+            config.features.source, target, DraftSettings.of(draft_config).target_layer_ids, accelerator.device
+        ),
         train_set=train_set,
         eval_set=eval_set,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
     )
+
+
+def target_device(name: str, accelerator: Accelerator) -> torch.device:
+    """Where the online target lives, see `features.target_device`.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if name == "same":
+        return accelerator.device
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        device = torch.device(f"cuda:{accelerator.local_process_index + ranks_here}" if name == "own" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"features.target_device={name}: cannot be used by local rank {accelerator.local_process_index} "
+            f"({str(error).splitlines()[0]}); must be same, own (needs one more visible GPU per rank) or a device such "
+            "as cuda:1 or cpu"
+        ) from error
+    return device
 
 
 def draft_config_of(

@@ -6,7 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -82,6 +82,14 @@ class Trainer:
 
     def run(self, stop: StopRequest, reporter: Reporter) -> bool:
         """Train and leave a checkpoint of the last step. Returns False when stopped before the end."""
+        with closing(self.features):
+            self._train(stop, reporter)
+        if self._saved_step != self.done:
+            self._save()
+        return self.done == self.steps
+
+    def _train(self, stop: StopRequest, reporter: Reporter) -> None:
+        """To the last step, or to the first of which any rank was told to stop."""
         steps = self._announced_steps()
         while self.done < self.steps:
             with self.meter.step() as step:
@@ -98,10 +106,6 @@ class Trainer:
             reporter.step(self.done, self.loss, row)
             if self.done % self.config.train.save_steps == 0:
                 self._save()
-        self.features.close()
-        if self._saved_step != self.done:
-            self._save()
-        return self.done == self.steps
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
