@@ -91,6 +91,18 @@ def test_flex_attention_equals_masked_attention(inputs: Inputs) -> None:
     torch.testing.assert_close(flexible, plain, rtol=1e-5, atol=1e-5)
 
 
+def test_flex_attention_under_autocast() -> None:
+    """Norms give float32 queries and keys beside bfloat16 values."""
+    tensors, spans = attention_inputs(7)
+    mixed = [tensor.detach() for tensor in tensors]
+    mixed[2], mixed[4] = mixed[2].bfloat16(), mixed[4].bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        flexible = block_attention_flex(*mixed, spans, 0.3)
+    assert flexible.dtype == torch.bfloat16
+    plain = block_attention_masked(*(tensor.detach() for tensor in tensors), spans, 0.3)
+    torch.testing.assert_close(flexible.float(), plain, rtol=0.05, atol=0.05)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the compiled FlexAttention kernel needs a CUDA GPU")
 @pytest.mark.parametrize("lengths", [[300], [100, 500, 37]])
 def test_compiled_flex_attention_equals_chunked_attention(lengths: list[int]) -> None:

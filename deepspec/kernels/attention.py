@@ -168,6 +168,9 @@ def block_attention_flex(
     """`block_attention` by FlexAttention: neither scores nor a dense mask exist, and hidden tiles are not computed."""
     heads, slots = query.shape[1], query.shape[3]
     keys, values = _joined(context_key, context_value, block_key, block_value)
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)  # autocast does not know FlexAttention
     attend = _compiled_flex() if query.device.type == "cuda" else flex_attention
     attended = attend(
         query.flatten(2, 3),
