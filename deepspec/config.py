@@ -263,8 +263,8 @@ def _validate_training(config: TrainRun) -> None:
         raise ConfigError(f"train.epochs={train.epochs}: must be above 0 when train.steps is not set")
     if train.tokens_per_batch is not None and train.micro_batch_size is not None:
         raise ConfigError(
-            f"train.micro_batch_size={train.micro_batch_size} and train.tokens_per_batch={train.tokens_per_batch}: padded "
-            "and packed batches exclude each other; set one of them to null"
+            f"train.micro_batch_size={train.micro_batch_size} and train.tokens_per_batch={train.tokens_per_batch}: "
+            "padded and packed batches exclude each other; set one of them to null"
         )
     if train.tokens_per_batch is not None and train.tokens_per_batch < config.data.max_length:
         raise ConfigError(
