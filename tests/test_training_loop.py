@@ -33,7 +33,7 @@ def test_run_folder(finished, training_world):
     assert (result.status, result.step) == ("finished", 6)
     assert [folder.name for folder in list_checkpoints(config.output_dir)] == ["step-00000004", "step-00000006"]
     state = verify_checkpoint(result.checkpoint)
-    assert (state["step"], state["steps"], state["world_size"], state["distributed_type"]) == (6, 6, 1, "NO")
+    assert (state["step"], state["steps"], state["world_size"], state["launcher"]) == (6, 6, 1, "one process")
     assert sorted(state["files"]) == [
         "draft/config.json",
         "draft/model.safetensors",

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
+from typing import TypeVar, cast
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    gather_object,
+)
+from torch import nn
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
 from deepspec.config import ConfigError, TrainConfig, TrainRun
 from deepspec.data.sampler import micro_batches_per_step
 from deepspec.ranks import check_ranks, launched_ranks, runs_on_cpu
+
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a rank that waits longer for the others fails
 
@@ -23,10 +37,10 @@ def start_accelerator(config: TrainRun) -> Accelerator:
     """An accelerator for this run. Also works when an earlier run in the same process left one behind (multirun).
 
     Mixed precision is not handed to accelerate: under DeepSpeed it would hold the weights in bfloat16, while
-    `train.mixed_precision=bf16` promises float32 weights and gradients. `autocast` gives that under every launcher.
+    `train.mixed_precision=bf16` promises float32 weights and gradients. `cast_inside` gives that under every launcher.
 
     Raises:
-        ConfigError: the global batch cannot be split over the ranks, or an unsupported ZeRO stage.
+        ConfigError: the global batch cannot be split over the ranks, or unsupported DeepSpeed settings.
     """
     _forget_earlier_run()
     _quieten_libraries()
@@ -36,28 +50,56 @@ def start_accelerator(config: TrainRun) -> Accelerator:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed even where nothing uses it
     if with_deepspeed and use_cpu:
         _switch_off_compiled_collectives()
-    accumulation = micro_batches_per_step(
-        config.train.global_batch_size, config.train.micro_batch_size, launched_ranks()
-    )
+    micro_batches_per_step(config.train.global_batch_size, config.train.micro_batch_size, launched_ranks())
     accelerator = Accelerator(
         cpu=use_cpu and not with_deepspeed,
         mixed_precision="no",
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
-        deepspeed_plugin=_deepspeed_plugin(config.train, accumulation) if with_deepspeed else None,
+        # The trainer says itself which backward pass is the last of a step: their number may vary.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
+        deepspeed_plugin=_deepspeed_plugin(config.train) if with_deepspeed else None,
         log_with=None if config.logging.wandb.mode == "disabled" else "wandb",
-        kwargs_handlers=[_process_group(use_cpu)],
+        kwargs_handlers=[_process_group(use_cpu), DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    unset_hf_deepspeed_config()  # Transformers would cut the target over the ranks too; only the draft shall be
     check_ranks(accelerator.num_processes)
     return accelerator
 
 
-def autocast(accelerator: Accelerator, mixed_precision: str) -> torch.autocast:
-    """The context of every forward pass."""
-    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
+def cast_inside(module: nn.Module, accelerator: Accelerator, mixed_precision: str) -> None:
+    """Let `module.forward` run in bfloat16 autocast if `mixed_precision` is bf16.
+
+    Inside the module because DeepSpeed's engine switches off what is entered around it.
+    """
+    context = torch.autocast(accelerator.device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
+    module.forward = context(module.forward)
 
 
-def is_deepspeed(accelerator: Accelerator) -> bool:
-    return accelerator.distributed_type == DistributedType.DEEPSPEED
+def zero_stage(accelerator: Accelerator) -> int | None:
+    """DeepSpeed's ZeRO stage; None without DeepSpeed."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return None
+    return accelerator.deepspeed_plugin.zero_stage
+
+
+def launcher_name(accelerator: Accelerator) -> str:
+    """one process, DDP, or DeepSpeed ZeRO with its stage."""
+    stage = zero_stage(accelerator)
+    if stage is not None:
+        offloads = accelerator.deepspeed_plugin.offload_optimizer_device == "cpu"
+        return f"DeepSpeed ZeRO-{stage}" + (" with optimizer offload" if offloads else "")
+    return "DDP" if accelerator.num_processes > 1 else "one process"
+
+
+def in_step(items: Iterable[T], accelerator: Accelerator) -> Iterator[tuple[T, bool]]:
+    """This rank's items, each with True, and then the main rank's first one with False until every rank had as many.
+
+    Under ZeRO-3 a forward pass gathers weights from all ranks, so that all of them have to make equally many.
+    """
+    own = list(items)
+    spare: list[T | None] = [own[0] if own and accelerator.is_main_process else None]
+    broadcast_object_list(spare)
+    for index in range(max(gather_object([len(own)]))):
+        yield (own[index], True) if index < len(own) else (cast("T", spare[0]), False)
 
 
 def _process_group(use_cpu: bool) -> InitProcessGroupKwargs:
@@ -73,16 +115,20 @@ def _switch_off_compiled_collectives() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _deepspeed_plugin(train: TrainConfig, accumulation: int) -> DeepSpeedPlugin:
-    """The launcher's DeepSpeed settings with the batch and the clipping of this run."""
-    plugin = DeepSpeedPlugin(gradient_accumulation_steps=accumulation, gradient_clipping=train.grad_clip)
-    if plugin.zero_stage not in (0, 1, 2):
-        raise ConfigError(
-            f"zero_stage={plugin.zero_stage}: the draft's weights are saved from one rank, so use ZeRO stage 1 or 2"
-        )
-    plugin.deepspeed_config["gradient_accumulation_steps"] = accumulation
-    plugin.deepspeed_config["gradient_clipping"] = train.grad_clip
-    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = train.micro_batch_size
+def _deepspeed_plugin(train: TrainConfig) -> DeepSpeedPlugin:
+    """The launcher's DeepSpeed settings with the clipping of this run and buffers that suit the draft."""
+    plugin = DeepSpeedPlugin(gradient_accumulation_steps=1, gradient_clipping=train.grad_clip, zero3_init_flag=False)
+    if plugin.zero_stage not in (1, 2, 3):
+        raise ConfigError(f"zero_stage={plugin.zero_stage}: must be 1, 2 or 3; without ZeRO use DDP")
+    if plugin.offload_optimizer_device not in ("none", "cpu"):
+        raise ConfigError(f"offload_optimizer_device={plugin.offload_optimizer_device}: must be none or cpu")
+    settings = plugin.deepspeed_config
+    settings["gradient_accumulation_steps"] = 1
+    settings["gradient_clipping"] = train.grad_clip
+    settings["train_micro_batch_size_per_gpu"] = train.micro_batch_size
+    settings.setdefault("zero_force_ds_cpu_optimizer", False)  # DeepSpeed's own CPU Adam is compiled at the first use
+    for size in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"):
+        settings["zero_optimization"].setdefault(size, "auto")  # accelerate derives them from the draft's hidden size
     return plugin
 
 
@@ -91,6 +137,7 @@ def _quieten_libraries() -> None:
     for name in ("accelerate", "compilers"):
         logging.getLogger(name).setLevel(logging.WARNING)
     disable_progress_bar()
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)  # by DeepSpeed, each time
 
 
 def _forget_earlier_run() -> None:

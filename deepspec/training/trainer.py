@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from deepspec.config import TrainRun
-from deepspec.data.sampler import StepSampler, micro_batches_per_step
+from deepspec.data.sampler import StepSampler
 from deepspec.training.batches import (
     EVALUATION,
     TRAINING,
@@ -21,11 +22,13 @@ from deepspec.training.batches import (
     evaluation_batches,
     training_steps,
 )
-from deepspec.training.devices import autocast
+from deepspec.training.devices import cast_inside, in_step, launcher_name
+from deepspec.training.frozen import hold_target_weights_as_buffers
 from deepspec.training.interrupt import StopRequest
 from deepspec.training.meter import Meter
 from deepspec.training.metrics import add_sums, summarize
 from deepspec.training.objective import DraftTrainingModule
+from deepspec.training.optimizer_state import whole_shape
 from deepspec.training.report import Reporter
 from deepspec.training.resume import Start
 from deepspec.training.schedule import learning_rate, total_steps
@@ -45,15 +48,13 @@ class Trainer:
         self.accelerator = accelerator
         self.materials = materials
         self.steps = total_steps(config.train, len(materials.train_set))
-        self.accumulation = micro_batches_per_step(
-            config.train.global_batch_size, config.train.micro_batch_size, accelerator.num_processes
-        )
-        self.autocast = autocast(accelerator, config.train.mixed_precision)
         self.meter = Meter(accelerator.device)
+        hold_target_weights_as_buffers(materials.draft)
         self.module = DraftTrainingModule(materials.draft, config.train.loss).to(accelerator.device)
+        cast_inside(self.module, accelerator, config.train.mixed_precision)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.model, self.optimizer = accelerator.prepare(self.module, self._build_optimizer())
-        self.state = TrainerState(config, accelerator, materials.draft, self.steps)
+        self.state = TrainerState(config, accelerator, materials.draft, self.optimizer, self.steps)
         if start.checkpoint is not None:
             self.state.restore(start.checkpoint)
         self.done = start.step
@@ -64,12 +65,12 @@ class Trainer:
 
     def description(self) -> str:
         """What this session is going to do, in a line."""
-        trained = sum(parameter.numel() for parameter in self.parameters) / 1e6
+        trained = sum(whole_shape(parameter).numel() for parameter in self.parameters) / 1e6
         origin = f"continuing from {self.checkpoint}" if self.checkpoint else "starting from scratch"
         return (
             f"{origin}: {self.steps - self.done} of {self.steps} steps, {len(self.materials.train_set)} samples, "
             f"{trained:.2f} M trained parameters, {self.accelerator.num_processes} x {self.accelerator.device.type} "
-            f"({self.accelerator.distributed_type.value})"
+            f"({launcher_name(self.accelerator)})"
         )
 
     def run(self, stop: StopRequest, reporter: Reporter) -> bool:
@@ -103,15 +104,19 @@ class Trainer:
             world_size=self.accelerator.num_processes,
         )
         self.module.eval()
-        sums = add_sums(self._forward(self.module, batch, with_metrics=True) for batch in batches)
+        parts = []
+        for batch, counts in in_step(batches, self.accelerator):
+            sums = self._forward(self.module, batch, with_metrics=True)
+            if counts:
+                parts.append(sums)
         self.module.train()
-        return self._summary(sums)
+        return self._summary(add_sums(parts))
 
     def _step(self, batches: Sequence[MicroBatch], weight_sum: float) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches; metrics when this step is logged.
 
-        The loss is divided by the weight sum of the whole global batch. accelerate (or DeepSpeed) divides by the
-        accumulation steps and DDP averages over ranks, so both are multiplied back in.
+        The loss is divided by the weight sum of the whole global batch. DDP and DeepSpeed average over the ranks, so
+        their number is multiplied back in.
         """
         is_logged = (self.done + 1) % self.config.logging.log_steps == 0 or self.done + 1 == self.steps
         rate = self._set_learning_rate()
@@ -119,18 +124,18 @@ class Trainer:
             self._note_empty_step()
             return {"lr": rate, "supervised_weight": 0.0} if is_logged else {}
         self._empty_samples = 0
-        scale = self.accumulation * self.accelerator.num_processes / weight_sum
+        scale = self.accelerator.num_processes / weight_sum
         parts: list[Sums] = []
-        gradient_norm = math.nan
         for batch in batches:
-            with self.accelerator.accumulate(self.model):
+            is_last = batch is batches[-1]
+            self.accelerator.sync_gradients = is_last
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
                 sums = self._forward(self.model, batch, with_metrics=is_logged)
                 parts.append({name: value.detach() for name, value in sums.items()})
-                if batch is batches[-1]:  # DeepSpeed applies the step inside this backward pass
+                if is_last:  # DeepSpeed applies the step inside this backward pass
                     self.loss = self._checked_loss(parts, batches) / weight_sum
                 self.accelerator.backward(sums["loss"] * scale)
-                if self.accelerator.sync_gradients:
-                    gradient_norm = self._apply_gradients()
+        gradient_norm = self._apply_gradients()
         if not is_logged:
             return {}
         figures = {
@@ -144,10 +149,9 @@ class Trainer:
     def _forward(self, model: torch.nn.Module, batch: MicroBatch, *, with_metrics: bool) -> Sums:
         inputs = batch.to(self.accelerator.device)
         features = self.materials.features.batch_features(inputs["input_ids"], inputs["attention_mask"])
-        with self.autocast:
-            return model(
-                **inputs, context_features=features.context, final_features=features.final, with_metrics=with_metrics
-            )
+        return model(
+            **inputs, context_features=features.context, final_features=features.final, with_metrics=with_metrics
+        )
 
     def _apply_gradients(self) -> float:
         limit = self.config.train.grad_clip or math.inf
