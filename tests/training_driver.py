@@ -1,24 +1,87 @@
-"""Run by `accelerate launch` in tests: train, throw the last checkpoint away, and train on from the one before.
+"""Run by `accelerate launch` in tests, with work to do one after the other in the same launch:
 
-training_driver.py WORLD OUTPUT
+    training_driver.py WORLD OUTPUT WORK...
+
+    X.yaml      from here on with the DeepSpeed settings of this accelerate config, in OUTPUT/X
+    whole       train in OUTPUT/X/whole
+    resumed     throw the last checkpoint of a copy of it away and train on from the one before, in OUTPUT/X/resumed
+    killed      train, or continue, in OUTPUT/X/killed
+    die         the same, but rank 1 kills itself after step 5
+    CHECKPOINT  train on from this checkpoint of another launcher in OUTPUT/X/moved
+
+Each rank has 2 samples a step: in steps 1, 3, 5 as 2 micro-batches, in steps 2, 4, 6 as one.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from training_world import tiny_run
 
 from deepspec.checkpoints import checkpoint_folder
 from deepspec.training import train
+from deepspec.training.batches import MicroBatch
+from deepspec.training.report import Reporter
+from deepspec.training.trainer import Trainer
 
-world, output = Path(sys.argv[1]), Path(sys.argv[2])
-whole = train(tiny_run(world, output / "whole", micro_batch_size=1))
-if os.environ.get("RANK", "0") == "0":
-    shutil.copytree(output / "whole", output / "resumed")
-    shutil.rmtree(checkpoint_folder(output / "resumed", 6))
-resumed = train(tiny_run(world, output / "resumed", micro_batch_size=1))
-assert (whole.status, resumed.status, resumed.step) == ("finished", "finished", 6)
+
+def main() -> None:
+    world = Path(sys.argv[1])
+    for work in sys.argv[3:]:
+        if work.endswith(".yaml"):
+            use_deepspeed_settings(Path(work))
+            output = Path(sys.argv[2]) / Path(work).stem
+            continue
+        if work == "resumed" and os.environ["RANK"] == "0":
+            shutil.copytree(output / "whole", output / "resumed")
+            shutil.rmtree(checkpoint_folder(output / "resumed", 6))
+        if work == "die":
+            die_after_step_5()
+        folder = {"die": "killed"}.get(work, work if "/" not in work else "moved")
+        result = train(tiny_run(world, output / folder, resume=work if folder == "moved" else "auto"))
+        assert (result.status, result.step) == ("finished", 6)
+
+
+def use_deepspeed_settings(file: Path) -> None:
+    """As `accelerate launch --config_file` hands them over; saves a launch for each file."""
+    settings = {"offload_optimizer_device": "none"} | yaml.safe_load(file.read_text()).get("deepspeed_config", {})
+    for name, value in settings.items():
+        os.environ[f"ACCELERATE_DEEPSPEED_{name.upper()}"] = str(value)
+
+
+def die_after_step_5() -> None:
+    step = Reporter.step
+
+    def dying_step(self, done, loss, row):
+        step(self, done, loss, row)
+        if done == 5 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Reporter.step = dying_step
+
+
+def vary_micro_batches() -> None:
+    steps = Trainer._training_batches
+
+    def varying_steps(self) -> Iterator[list[MicroBatch]]:
+        for step, batches in enumerate(steps(self), self.done):
+            yield batches if step % 2 else [row for batch in batches for row in single_rows(batch)]
+
+    Trainer._training_batches = varying_steps
+
+
+def single_rows(batch: MicroBatch) -> Iterator[MicroBatch]:
+    rows = len(batch.sample_index)
+    for row, index in enumerate(batch.sample_index):
+        inputs = {name: value[row : row + 1] for name, value in batch.inputs.items()}
+        yield MicroBatch(inputs, [index], batch.weight_sum / rows, batch.tokens // rows)
+
+
+vary_micro_batches()
+main()

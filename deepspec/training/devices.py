@@ -24,7 +24,7 @@ from torch import nn
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.utils.logging import disable_progress_bar
 
-from deepspec.config import ConfigError, TrainConfig, TrainRun
+from deepspec.config import ConfigError, TrainRun
 from deepspec.data.sampler import micro_batches_per_step
 from deepspec.ranks import check_ranks, launched_ranks, runs_on_cpu
 
@@ -56,7 +56,7 @@ def start_accelerator(config: TrainRun) -> Accelerator:
         mixed_precision="no",
         # The trainer says itself which backward pass is the last of a step: their number may vary.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1, sync_with_dataloader=False),
-        deepspeed_plugin=_deepspeed_plugin(config.train) if with_deepspeed else None,
+        deepspeed_plugin=_deepspeed_plugin(config.train.grad_clip) if with_deepspeed else None,
         log_with=None if config.logging.wandb.mode == "disabled" else "wandb",
         kwargs_handlers=[_process_group(use_cpu), DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
@@ -115,17 +115,17 @@ def _switch_off_compiled_collectives() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def _deepspeed_plugin(train: TrainConfig) -> DeepSpeedPlugin:
+def _deepspeed_plugin(grad_clip: float) -> DeepSpeedPlugin:
     """The launcher's DeepSpeed settings with the clipping of this run and buffers that suit the draft."""
-    plugin = DeepSpeedPlugin(gradient_accumulation_steps=1, gradient_clipping=train.grad_clip, zero3_init_flag=False)
+    plugin = DeepSpeedPlugin(gradient_accumulation_steps=1, gradient_clipping=grad_clip, zero3_init_flag=False)
     if plugin.zero_stage not in (1, 2, 3):
         raise ConfigError(f"zero_stage={plugin.zero_stage}: must be 1, 2 or 3; without ZeRO use DDP")
     if plugin.offload_optimizer_device not in ("none", "cpu"):
         raise ConfigError(f"offload_optimizer_device={plugin.offload_optimizer_device}: must be none or cpu")
     settings = plugin.deepspeed_config
     settings["gradient_accumulation_steps"] = 1
-    settings["gradient_clipping"] = train.grad_clip
-    settings["train_micro_batch_size_per_gpu"] = train.micro_batch_size
+    settings["gradient_clipping"] = grad_clip
+    settings["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed only counts samples with it
     settings.setdefault("zero_force_ds_cpu_optimizer", False)  # DeepSpeed's own CPU Adam is compiled at the first use
     for size in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"):
         settings["zero_optimization"].setdefault(size, "auto")  # accelerate derives them from the draft's hidden size
@@ -133,11 +133,16 @@ def _deepspeed_plugin(train: TrainConfig) -> DeepSpeedPlugin:
 
 
 def _quieten_libraries() -> None:
-    """Their bars and notes on loading, saving and probing for a compiler would break into the progress of training."""
+    """Their bars and notes on loading, saving and probing for a compiler would break into the progress of training.
+
+    So would warnings that DeepSpeed and accelerate call PyTorch's collectives and DDP by names that are getting old.
+    """
     for name in ("accelerate", "compilers"):
         logging.getLogger(name).setLevel(logging.WARNING)
     disable_progress_bar()
-    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)  # by DeepSpeed, each time
+    warnings.filterwarnings(
+        "ignore", r"`(torch\.distributed\.\w+|broadcast_buffers)` is deprecated", category=FutureWarning
+    )
 
 
 def _forget_earlier_run() -> None:

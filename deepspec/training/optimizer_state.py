@@ -78,7 +78,7 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 def write_float32(
     file: Path, shapes: Mapping[str, Sequence[int]], tensors: Iterable[Tensor], metadata: dict[str, str]
 ) -> None:
-    """A safetensors file of float32 tensors, of which one at a time is in memory (the library's writer needs them all)."""
+    """A safetensors file of float32 tensors, one at a time in memory; the library would need all of them."""
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, shape in shapes.items():
