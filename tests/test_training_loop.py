@@ -37,8 +37,7 @@ def test_run_folder(finished, training_world):
     assert sorted(state["files"]) == [
         "draft/config.json",
         "draft/model.safetensors",
-        "state/optimizer.bin",
-        "state/random_states_0.pkl",
+        "state/optimizer.safetensors",
     ]
     written = yaml.safe_load((result.checkpoint.parents[1] / "config.yaml").read_text())
     assert written["train"]["lr"] == 3e-3

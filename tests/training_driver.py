@@ -27,6 +27,7 @@ from training_world import tiny_run
 from deepspec.checkpoints import checkpoint_folder
 from deepspec.training import train
 from deepspec.training.batches import MicroBatch
+from deepspec.training.devices import zero_stage
 from deepspec.training.report import Reporter
 from deepspec.training.trainer import Trainer
 
@@ -70,6 +71,8 @@ def vary_micro_batches() -> None:
     steps = Trainer._training_batches
 
     def varying_steps(self) -> Iterator[list[MicroBatch]]:
+        is_cut = any(parameter.numel() == 0 for parameter in self.parameters)
+        assert is_cut == (zero_stage(self.accelerator) == 3), "ZeRO-3 cuts the draft over the ranks"
         for step, batches in enumerate(steps(self), self.done):
             yield batches if step % 2 else [row for batch in batches for row in single_rows(batch)]
 
