@@ -140,29 +140,29 @@ def _losses_and_gradients(
     """The losses, and the gradients of `loss` for hidden, latents and markov_w2."""
     rows, dtype = hidden.shape[0], head.dtype
     exact = dtype == torch.float32
-    w2 = None if latents is None or markov_w2 is None else markov_w2.to(dtype)
+    factors = [(hidden, head)]
+    if latents is not None and markov_w2 is not None:
+        factors.append((latents, markov_w2.to(dtype)))
     step = max(1, math.ceil(rows / max(1, math.ceil(rows / chunk_rows))))  # chunks of about the same size
 
-    logits_buffer = hidden.new_empty(step, head.shape[0], dtype=torch.float32)
-    # Of the target's logits; before them of the bias, where a matrix product cannot add it to the draft's by itself.
-    second_needed = target_hidden is not None or not (exact or w2 is None)
-    second_buffer = torch.empty_like(logits_buffer) if second_needed else logits_buffer
-    gradient_buffer = torch.empty_like(logits_buffer, dtype=dtype) if with_gradient and not exact else logits_buffer
+    all_logits = hidden.new_empty(step, head.shape[0], dtype=torch.float32)
+    # For the target's logits, and before them for a bias that its matrix product cannot add to the draft's.
+    needs_second = target_hidden is not None or (len(factors) == 2 and not exact)
+    all_second = torch.empty_like(all_logits) if needs_second else all_logits
+    all_slopes = torch.empty_like(all_logits, dtype=dtype) if with_gradient and not exact else all_logits
     ce, l1 = hidden.new_zeros(2, rows, dtype=torch.float32)
-    hidden_gradient, latents_gradient, w2_gradient = (
-        None if tensor is None or not with_gradient else torch.zeros_like(tensor, dtype=tensor_dtype)
-        for tensor, tensor_dtype in ((hidden, None), (latents, None), (w2, torch.float32))
-    )
-    w2_summand = w2_gradient if exact or w2_gradient is None else torch.empty_like(w2_gradient)
+    input_gradients = [torch.empty_like(inputs) for inputs, _ in factors]
+    w2_gradient = w2_summand = None
+    if with_gradient and markov_w2 is not None:
+        w2_gradient = torch.zeros_like(markov_w2, dtype=torch.float32)
+        w2_summand = w2_gradient if exact else torch.empty_like(w2_gradient)
 
     for start in range(0, rows, step):
         chunk = slice(start, min(start + step, rows))
-        logits, second, gradient = (
-            buffer[: chunk.stop - start] for buffer in (logits_buffer, second_buffer, gradient_buffer)
-        )
-        _multiply(hidden[chunk].to(dtype), head.T, logits)
-        if latents is not None and w2 is not None:
-            _multiply_add(latents[chunk].to(dtype), w2.T, logits, second)
+        logits, second, slopes = (buffer[: chunk.stop - start] for buffer in (all_logits, all_second, all_slopes))
+        inputs_of_chunk = [inputs[chunk].to(dtype) for inputs, _ in factors]
+        for index, (_, table) in enumerate(factors):
+            _multiply(inputs_of_chunk[index], table.T, logits, second if index else None)
         if target_hidden is not None:
             _multiply(target_hidden[chunk].to(dtype), head.T, second)
         losses_of_rows(
@@ -174,18 +174,18 @@ def _losses_and_gradients(
             tv_scale,
             ce[chunk],
             l1[chunk],
-            gradient if with_gradient else None,
+            slopes if with_gradient else None,
         )
-        if hidden_gradient is not None:
-            _multiply(gradient, head, hidden_gradient[chunk])
-        if latents is not None and w2 is not None and latents_gradient is not None and w2_gradient is not None:
-            _multiply(gradient, w2, latents_gradient[chunk])
-            _multiply_add(gradient.T, latents[chunk].to(dtype), w2_gradient, w2_summand)
+        if with_gradient:
+            for (_, table), gradient in zip(factors, input_gradients, strict=True):
+                _multiply(slopes, table, gradient[chunk])
+        if w2_gradient is not None:
+            _multiply(slopes.T, inputs_of_chunk[-1], w2_gradient, w2_summand)
     loss = (weights * (ce_scale * ce + tv_scale * l1)).sum()
     losses = VocabularyLosses(loss, ce, None if target_hidden is None else l1)
-    if w2_gradient is not None and markov_w2 is not None:
-        w2_gradient = w2_gradient.to(markov_w2.dtype)
-    return losses, [hidden_gradient, latents_gradient, w2_gradient]
+    if w2_gradient is None or markov_w2 is None:
+        return losses, [input_gradients[0], None, None]
+    return losses, [*input_gradients, w2_gradient.to(markov_w2.dtype)]
 
 
 def _fused_losses_of_rows() -> Callable[..., None]:
@@ -194,23 +194,18 @@ def _fused_losses_of_rows() -> Callable[..., None]:
     return losses_triton.losses_of_rows
 
 
-def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """left @ right into `out`, in its dtype as far as the device can."""
+def _multiply(left: Tensor, right: Tensor, out: Tensor, summand: Tensor | None = None) -> None:
+    """left @ right into `out`, or added to it if there is a `summand`, a tensor like `out` that may be overwritten."""
     if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
-    elif out.is_cuda and out.dtype == torch.float32 and left.dtype in (torch.bfloat16, torch.float16):
-        torch.mm(left, right, out_dtype=torch.float32, out=out)
+        torch.addmm(out, left, right, beta=0 if summand is None else 1, out=out)
+        return
+    product = out if summand is None else summand
+    if out.is_cuda and out.dtype == torch.float32:
+        torch.mm(left, right, out_dtype=torch.float32, out=product)
     else:
-        out.copy_(left @ right)
-
-
-def _multiply_add(left: Tensor, right: Tensor, total: Tensor, summand: Tensor) -> None:
-    """left @ right added to `total`; `summand`, a tensor like it, is overwritten if the dtypes differ."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        _multiply(left, right, summand)
-        total.add_(summand)
+        product.copy_(left @ right)
+    if summand is not None:
+        out.add_(summand)
 
 
 def losses_of_rows(
