@@ -8,7 +8,7 @@ happens between them is here in plain PyTorch, and in `losses_triton` in one ker
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 CHUNK_ROWS = {"cpu": 256, "cuda": 512}  # with more the matrix products are hardly faster
+CONVERTED_ELEMENTS = 2**22  # of a table that is in another dtype than the matrix products
 # Elements of a tensor, for each CPU core (elsewhere all at once), that the next operation should still find in a cache.
 CACHED_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
@@ -71,10 +72,10 @@ def vocabulary_losses(
 ) -> VocabularyLosses:
     """Both losses in chunks of rows; the gradients are ready after the forward pass.
 
-    The matrix products take their operands in the dtype of `head`, also under autocast, so that the largest of them is
-    never copied. The logits and all that is done with them are float32, and so is the sum over chunks that becomes the
-    gradient of `markov_w2`. Memory beyond inputs and gradients is two tensors of [chunk_rows, vocab], and a third one
-    in the dtype of `head` if that is not float32.
+    The logits and all that is done with them are float32, whatever the inputs are and also under autocast, and so is
+    the sum over chunks that becomes the gradient of `markov_w2`. The operands of the matrix products are float32 too,
+    except for a bf16 or float16 `head` on CUDA, to whose dtype the others are converted. Memory beyond inputs and
+    gradients is two tensors of [chunk_rows, vocab], and with such a head half of one more; `head` is never copied.
 
     Args:
         hidden: [N, hidden], gets a gradient.
@@ -138,7 +139,8 @@ def _losses_and_gradients(
     with_gradient: bool,
 ) -> tuple[VocabularyLosses, list[Tensor | None]]:
     """The losses, and the gradients of `loss` for hidden, latents and markov_w2."""
-    rows, dtype = hidden.shape[0], head.dtype
+    rows = hidden.shape[0]
+    dtype = head.dtype if hidden.is_cuda and head.dtype in (torch.bfloat16, torch.float16) else torch.float32
     exact = dtype == torch.float32
     factors = [(hidden, head)]
     if latents is not None and markov_w2 is not None:
@@ -162,9 +164,11 @@ def _losses_and_gradients(
         logits, second, slopes = (buffer[: chunk.stop - start] for buffer in (all_logits, all_second, all_slopes))
         inputs_of_chunk = [inputs[chunk].to(dtype) for inputs, _ in factors]
         for index, (_, table) in enumerate(factors):
-            _multiply(inputs_of_chunk[index], table.T, logits, second if index else None)
+            for columns, part in _parts(table, dtype):
+                _multiply(inputs_of_chunk[index], part.T, logits[:, columns], second[:, columns] if index else None)
         if target_hidden is not None:
-            _multiply(target_hidden[chunk].to(dtype), head.T, second)
+            for columns, part in _parts(head, dtype):
+                _multiply(target_hidden[chunk].to(dtype), part.T, second[:, columns])
         losses_of_rows(
             logits,
             None if target_hidden is None else second,
@@ -178,7 +182,7 @@ def _losses_and_gradients(
         )
         if with_gradient:
             for (_, table), gradient in zip(factors, input_gradients, strict=True):
-                _multiply(slopes, table, gradient[chunk])
+                gradient[chunk] = sum(slopes[:, columns] @ part for columns, part in _parts(table, dtype))
         if w2_gradient is not None:
             _multiply(slopes.T, inputs_of_chunk[-1], w2_gradient, w2_summand)
     loss = (weights * (ce_scale * ce + tv_scale * l1)).sum()
@@ -194,17 +198,25 @@ def _fused_losses_of_rows() -> Callable[..., None]:
     return losses_triton.losses_of_rows
 
 
+def _parts(table: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows, and the rows in `dtype`: all at once if they have it already, else so few that they are cheap."""
+    step = table.shape[0] if table.dtype == dtype else max(1, CONVERTED_ELEMENTS // table.shape[1])
+    for start in range(0, table.shape[0], step):
+        rows = slice(start, start + step)
+        yield rows, table[rows].to(dtype)
+
+
 def _multiply(left: Tensor, right: Tensor, out: Tensor, summand: Tensor | None = None) -> None:
-    """left @ right into `out`, or added to it if there is a `summand`, a tensor like `out` that may be overwritten."""
-    if out.dtype == left.dtype:
-        torch.addmm(out, left, right, beta=0 if summand is None else 1, out=out)
-        return
-    product = out if summand is None else summand
-    if out.is_cuda and out.dtype == torch.float32:
-        torch.mm(left, right, out_dtype=torch.float32, out=product)
+    """left @ right into `out`, or added to it if there is a `summand`, a tensor like `out` that may be overwritten.
+
+    `out` is float32; the others may be bf16 on CUDA.
+    """
+    if left.dtype == out.dtype:
+        out.addmm_(left, right, beta=0 if summand is None else 1)
+    elif summand is None:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
     else:
-        product.copy_(left @ right)
-    if summand is not None:
+        torch.mm(left, right, out_dtype=out.dtype, out=summand)
         out.add_(summand)
 
 
