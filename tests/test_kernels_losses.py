@@ -102,6 +102,7 @@ BF16 = {
     "head in float32": in_dtype(random_inputs(12), torch.bfloat16, ("hidden", "latents", "target_hidden")),
 }
 CHUNKS = (1, 3, 100)
+FUSED = [("dspark", rows) for rows in CHUNKS] + [(name, 4) for name in FLOAT32 if name != "dspark"]
 
 
 @dataclass
@@ -143,7 +144,7 @@ def slots_behind(kind: str) -> Heads:
 def fused(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     """What the Triton implementation gives for all cases, computed on the CPU in a process under its interpreter."""
     folder = tmp_path_factory.mktemp("fused")
-    cases = {f"{name}, {rows}": (inputs, rows) for name, inputs in FLOAT32.items() for rows in CHUNKS}
+    cases = {f"{name}, {rows}": (FLOAT32[name], rows) for name, rows in FUSED}
     cases |= {name: (inputs, 5) for name, inputs in BF16.items()}
     cases |= {kind: (detached(slots_behind(kind).inputs), 4) for kind in MARKOV_HEADS}
     cases["no rows"] = (random_inputs(0), 4)
@@ -177,8 +178,7 @@ def test_chunked_equals_the_plain_formulation(case: str, chunk_rows: int) -> Non
 
 
 @needs_triton
-@pytest.mark.parametrize("chunk_rows", CHUNKS)
-@pytest.mark.parametrize("case", FLOAT32)
+@pytest.mark.parametrize(("case", "chunk_rows"), FUSED)
 def test_fused_equals_the_plain_formulation(case: str, chunk_rows: int, fused: dict[str, dict[str, Tensor]]) -> None:
     assert_close(fused[f"{case}, {chunk_rows}"], outputs(FLOAT32[case], "reference"), 1e-5)
 
@@ -192,6 +192,17 @@ def test_bf16_is_close_to_float32(case: str, implementation: str, request: pytes
     assert_close(ours, outputs(in_float32(BF16[case]), "reference"), 1e-2)
     for name, value in ours.items():
         assert value.dtype == (BF16[case][name].dtype if name in TRAINED else torch.float32), name
+
+
+@pytest.mark.parametrize("case", [name for name in BF16 if name != "head in float32"])
+def test_products_in_bf16_as_on_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mm_with_float32_result(left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert (left.dtype, right.dtype, out_dtype, out.dtype) == (torch.bfloat16,) * 2 + (torch.float32,) * 2
+        return out.copy_(left.float() @ right.float())
+
+    monkeypatch.setattr(losses, "_product_dtype", lambda head: head.dtype)
+    monkeypatch.setattr(torch, "mm", mm_with_float32_result)
+    assert_close(outputs(BF16[case], "chunked", 5), outputs(in_float32(BF16[case]), "reference"), 1e-2)
 
 
 @needs_triton

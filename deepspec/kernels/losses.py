@@ -139,8 +139,7 @@ def _losses_and_gradients(
     with_gradient: bool,
 ) -> tuple[VocabularyLosses, list[Tensor | None]]:
     """The losses, and the gradients of `loss` for hidden, latents and markov_w2."""
-    rows = hidden.shape[0]
-    dtype = head.dtype if hidden.is_cuda and head.dtype in (torch.bfloat16, torch.float16) else torch.float32
+    rows, dtype = hidden.shape[0], _product_dtype(head)
     exact = dtype == torch.float32
     factors = [(hidden, head)]
     if latents is not None and markov_w2 is not None:
@@ -198,6 +197,11 @@ def _fused_losses_of_rows() -> Callable[..., None]:
     return losses_triton.losses_of_rows
 
 
+def _product_dtype(head: Tensor) -> torch.dtype:
+    """Of the operands: low precision where its products can be float32 and are faster."""
+    return head.dtype if head.is_cuda and head.dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
 def _parts(table: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Which rows, and the rows in `dtype`: all at once if they have it already, else so few that they are cheap."""
     step = table.shape[0] if table.dtype == dtype else max(1, CONVERTED_ELEMENTS // table.shape[1])
@@ -209,7 +213,7 @@ def _parts(table: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
 def _multiply(left: Tensor, right: Tensor, out: Tensor, summand: Tensor | None = None) -> None:
     """left @ right into `out`, or added to it if there is a `summand`, a tensor like `out` that may be overwritten.
 
-    `out` is float32; the others may be bf16 on CUDA.
+    `out` is float32; the others may be in low precision on CUDA.
     """
     if left.dtype == out.dtype:
         out.addmm_(left, right, beta=0 if summand is None else 1)
