@@ -3,8 +3,8 @@
     python -m benchmarks.objective_step implementation=chunked vocab=32768 slots=448
 
 `peak_bytes`: most memory in use during the steps (forward and backward) beyond what was in use before the first, so
-without the inputs; of the process on a CPU, of the allocator on a GPU. `seconds`: of each step after a first one that is
-not counted. `out_of_memory` instead of these where there was not enough. All inputs are random numbers.
+without the inputs; of the process on a CPU, of the allocator on a GPU. `seconds`: of each step after a first one that
+is not counted. `out_of_memory` instead of these where there was not enough. All inputs are random numbers.
 """
 
 from __future__ import annotations
