@@ -77,6 +77,13 @@ def impossible_token() -> Inputs:
     }
 
 
+def likely_at_the_end(inputs: Inputs) -> Inputs:
+    """The last token has the largest logit of all, of the draft and of the target."""
+    head = inputs["head"].clone()
+    head[-1] = 3
+    return inputs | {"head": head, "hidden": inputs["hidden"].abs(), "target_hidden": inputs["target_hidden"].abs()}
+
+
 NO_MARKOV: Inputs = {"latents": None, "markov_w2": None}
 NO_TARGET: Inputs = {"target_hidden": None, "ce_scale": 1.0, "tv_scale": 0.0}
 FLOAT32: dict[str, Inputs] = {
@@ -87,7 +94,7 @@ FLOAT32: dict[str, Inputs] = {
     "no target": random_inputs(**NO_TARGET),
     "no sequential head": random_inputs(**NO_MARKOV),
     "dflash": random_inputs(**NO_MARKOV, **NO_TARGET),
-    "vocabulary of two blocks": random_inputs(5, 4099, 16),
+    "largest logits in the second block": likely_at_the_end(random_inputs(5, 4099, 16)),
     "vocabulary of one block": random_inputs(5, 128),
     "impossible token": impossible_token(),
 }
@@ -255,6 +262,23 @@ def test_no_rows_give_zero_and_zero_gradients(request: pytest.FixtureRequest) ->
         assert result["loss"] == 0
         assert result["hidden"].shape == (0, 6)
         assert torch.equal(result["markov_w2"], torch.zeros(61, 3))
+
+
+def test_equal_distributions_have_no_distance() -> None:
+    inputs = random_inputs(**NO_MARKOV)
+    l1 = vocabulary_losses(**(inputs | {"target_hidden": inputs["hidden"].clone()})).l1
+    assert l1 is not None
+    assert l1.max() < 1e-6
+
+
+def test_the_total_variation_needs_target_states() -> None:
+    assert vocabulary_losses(**random_inputs(**NO_TARGET)).l1 is None
+    with pytest.raises(ValueError, match="target_hidden"):
+        vocabulary_losses(**random_inputs(target_hidden=None))
+
+
+def test_the_cross_entropy_of_an_impossible_token_is_exact() -> None:
+    assert vocabulary_losses(**impossible_token()).ce.item() == pytest.approx(400.0)
 
 
 def test_autocast_changes_nothing() -> None:

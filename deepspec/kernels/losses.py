@@ -249,7 +249,7 @@ def losses_of_rows(
     cores = torch.get_num_threads() if logits.device.type == "cpu" else 1
     cached = CACHED_ELEMENTS.get(logits.device.type, CACHED_ELEMENTS["cuda"])
     step = min(rows, cores * max(1, cached // vocab))
-    all_p, all_q = torch.empty(2, step, vocab, device=logits.device)
+    all_p, all_q = logits.new_empty(2, step, vocab)
     for start in range(0, rows, step):
         some = slice(start, min(start + step, rows))
         p, q = all_p[: some.stop - start], all_q[: some.stop - start]
