@@ -9,11 +9,10 @@ per round (tau), and how long the parts of a round take.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,13 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.summary import spread, summary, write_record
 from deepspec import load_draft
 from deepspec.arguments import run_command
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, Timing
-from deepspec.evaluation.environment import command_line, machine, versions
 from deepspec.evaluation.plan import stop_tokens
 from deepspec.evaluation.sets import load_set
-from deepspec.files import write_atomically
 from deepspec.targets import Target, load_target, load_tokenizer
 
 TABLE_WIDTH = 125
@@ -138,10 +136,6 @@ def measure(ways: dict[str, Way], repeats: int) -> dict[str, list[Run]]:
     return runs
 
 
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def result_of(way: Way, runs: list[Run], others: list[Run] | None) -> dict[str, Any]:
     """Speeds of one way, ratios to another one run by run, and the parts of a round in milliseconds."""
     result: dict[str, Any] = {"tokens_per_second": summary([run.tokens / run.seconds for run in runs])}
@@ -177,11 +171,6 @@ def table_of(results: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def spread(values: dict[str, float], digits: int) -> str:
-    """`median (min to max)`"""
-    return "{median:.{d}f} ({min:.{d}f} to {max:.{d}f})".format(**values, d=digits)
-
-
 def main(options: BenchmarkOptions) -> None:
     transformers_logging.set_verbosity_error()
     target = load_target(options.target)
@@ -199,16 +188,7 @@ def main(options: BenchmarkOptions) -> None:
         name: result_of(way, runs[name], runs[way.against] if way.against else None) for name, way in ways.items()
     }
     Console(width=max(Console().width, TABLE_WIDTH)).print(table_of(results))
-    record = {
-        "results": results,
-        "settings": asdict(options),
-        "requests": len(requests),
-        "machine": machine(),
-        "versions": versions(),
-        "command": command_line(),
-    }
-    write_atomically(options.output, json.dumps(record, indent=2) + "\n")
-    print(f"written to {options.output}")
+    write_record(options.output, results, options, requests=len(requests))
 
 
 if __name__ == "__main__":

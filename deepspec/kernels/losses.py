@@ -1,11 +1,15 @@
 """Cross-entropy and total variation of a draft over the vocabulary (DSpark section 4).
 
 U_k + B_k = [h_k ; e_k] [W_head ; W2]^T is one linear layer, so both losses and their gradients are computed for a few
-rows at a time and no tensor of all rows times the vocabulary ever exists.
+rows at a time and no tensor of all rows times the vocabulary ever exists. The matrix products are PyTorch's; what
+happens between them is here in plain PyTorch, and in `losses_triton` in one kernel.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +17,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}  # rows * vocab computed at once
+CHUNK_ROWS = {"cpu": 256, "cuda": 512}  # with more the matrix products are hardly faster
+CONVERTED_ELEMENTS = 2**22  # of a table that is in another dtype than the matrix products
+# Elements of a tensor, for each CPU core (elsewhere all at once), that the next operation should still find in a cache.
+CACHED_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
 
 
 class VocabularyLosses(NamedTuple):
@@ -36,17 +43,16 @@ def vocabulary_losses_reference(
     tv_scale: float,
 ) -> VocabularyLosses:
     """The meaning of `vocabulary_losses`, with every logit in memory."""
-    logits = functional.linear(hidden, head).float()
-    if latents is not None:
-        assert markov_w2 is not None
-        logits = logits + functional.linear(latents, markov_w2).float()
+    logits = functional.linear(hidden.to(head.dtype), head).float()
+    if latents is not None and markov_w2 is not None:
+        logits = logits + functional.linear(latents.to(head.dtype), markov_w2.to(head.dtype)).float()
     log_probabilities = logits.log_softmax(-1)
     ce = -log_probabilities.gather(1, targets[:, None]).squeeze(1)
     loss = ce_scale * ce
     if target_hidden is None:
         return VocabularyLosses((weights * loss).sum(), ce.detach(), None)
     with torch.no_grad():
-        target_probabilities = functional.linear(target_hidden, head).float().softmax(-1)
+        target_probabilities = functional.linear(target_hidden.to(head.dtype), head).float().softmax(-1)
     l1 = (log_probabilities.exp() - target_probabilities).abs().sum(-1)
     return VocabularyLosses((weights * (loss + tv_scale * l1)).sum(), ce.detach(), l1.detach())
 
@@ -62,119 +68,207 @@ def vocabulary_losses(
     ce_scale: float,
     tv_scale: float,
     chunk_rows: int | None = None,
+    implementation: str | None = None,
 ) -> VocabularyLosses:
-    """Both losses in chunks of rows, in float32 above the matrix products; gradients are ready after the forward pass.
+    """Both losses in chunks of rows; the gradients are ready after the forward pass.
+
+    The logits and all that is done with them are float32, whatever the inputs are and also under autocast, and so is
+    the sum over chunks that becomes the gradient of `markov_w2`. The operands of the matrix products are float32 too,
+    except for a bf16 or float16 `head` on CUDA, to whose dtype the others are converted. Memory beyond inputs and
+    gradients is two tensors of [chunk_rows, vocab], and with such a head half of one more; `head` is never copied.
 
     Args:
         hidden: [N, hidden], gets a gradient.
         latents: [N, rank], gets a gradient; None without a sequential head.
         head: [vocab, hidden], frozen; of the draft and the target alike.
-        markov_w2: [vocab, rank], gets a gradient.
+        markov_w2: [vocab, rank], gets a gradient; None without a sequential head.
         targets: [N] token ids.
         target_hidden: [N, hidden], the target's state that predicts this token; None = no target probabilities, no l1.
         weights: [N]
         ce_scale, tv_scale: of the two losses in `loss`. A tv_scale above 0 needs `target_hidden`.
-        chunk_rows: rows at a time; None = what suits the device.
+        chunk_rows: at most so many rows at a time; None = what suits the device.
+        implementation: "reference", "chunked" or "triton"; None = triton on a GPU where it is installed, else chunked.
     """
     if tv_scale and target_hidden is None:
         raise ValueError("the total variation needs the target's hidden states: pass target_hidden or tv_scale=0")
-    if chunk_rows is None:
-        chunk_rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"]) // head.shape[0])
-    with_gradient = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (hidden, latents, markov_w2)
-    )
-    loss, ce, l1 = _VocabularyLosses.apply(
-        hidden,
-        latents,
-        head,
-        markov_w2,
-        targets,
-        target_hidden,
-        weights,
-        (ce_scale, tv_scale),
-        chunk_rows,
-        with_gradient,
-    )
-    return VocabularyLosses(loss, ce, None if target_hidden is None else l1)
+    inputs = (hidden, latents, head, markov_w2, targets, target_hidden, weights, ce_scale, tv_scale)
+    device = hidden.device.type
+    if implementation is None:
+        implementation = "triton" if device == "cuda" and find_spec("triton") else "chunked"
+    if implementation == "reference":
+        return vocabulary_losses_reference(*inputs)
+    trained = (hidden, latents, markov_w2)
+    with_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        losses, gradients = _losses_and_gradients(
+            *inputs,
+            chunk_rows=chunk_rows or CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"]),
+            losses_of_rows=_fused_losses_of_rows() if implementation == "triton" else losses_of_rows,
+            with_gradient=with_gradient,
+        )
+    return losses._replace(loss=_WithGradients.apply(losses.loss, gradients, *trained)) if with_gradient else losses
 
 
-class _VocabularyLosses(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
+    """A scalar whose gradients for some tensors are known already."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        latents: Tensor | None,
-        head: Tensor,
-        markov_w2: Tensor | None,
-        targets: Tensor,
-        target_hidden: Tensor | None,
-        weights: Tensor,
-        scales: tuple[float, float],
-        chunk_rows: int,
-        with_gradient: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ce = torch.zeros(hidden.shape[0], device=hidden.device)
-        l1 = torch.zeros_like(ce)
-        gradients: list[Tensor | None] = [None, None, None]
-        if with_gradient:
-            gradients[0] = torch.empty_like(hidden)
-            if latents is not None and markov_w2 is not None:
-                gradients[1], gradients[2] = torch.empty_like(latents), torch.zeros_like(markov_w2, dtype=torch.float32)
-        for start in range(0, hidden.shape[0], chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            logits = functional.linear(hidden[rows], head).float()
-            if latents is not None and markov_w2 is not None:
-                logits += functional.linear(latents[rows], markov_w2)
-            probabilities, ce[rows] = _softmax_and_cross_entropy(logits, targets[rows])
-            difference = None
-            if target_hidden is not None:
-                target_logits = functional.linear(target_hidden[rows].to(head.dtype), head).float()
-                difference = probabilities - target_logits.softmax(-1)
-                l1[rows] = difference.abs().sum(-1)
-            if not with_gradient:
-                continue
-            gradient = _logit_gradient(probabilities, difference, targets[rows], weights[rows].float(), *scales)
-            gradient = gradient.to(head.dtype)
-            gradients[0][rows] = gradient @ head  # type: ignore[index]
-            if latents is not None and markov_w2 is not None:
-                gradients[1][rows] = gradient @ markov_w2  # type: ignore[index]
-                gradients[2] += gradient.T @ latents[rows].to(gradient.dtype)  # type: ignore[operator]
-        if gradients[2] is not None and markov_w2 is not None:
-            gradients[2] = gradients[2].to(markov_w2.dtype)
+    def forward(ctx: Any, scalar: Tensor, gradients: list[Tensor | None], *_: Tensor | None) -> Tensor:
         ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(ce, l1)
-        return (weights * (scales[0] * ce + scales[1] * l1)).sum(), ce, l1
+        return scalar.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, latents, markov_w2 = (
-            None if saved is None else saved * upstream.to(saved.dtype) for saved in ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(None if saved is None else saved * upstream.to(saved.dtype) for saved in ctx.saved_tensors)
+
+
+def _losses_and_gradients(
+    hidden: Tensor,
+    latents: Tensor | None,
+    head: Tensor,
+    markov_w2: Tensor | None,
+    targets: Tensor,
+    target_hidden: Tensor | None,
+    weights: Tensor,
+    ce_scale: float,
+    tv_scale: float,
+    *,
+    chunk_rows: int,
+    losses_of_rows: Callable[..., None],
+    with_gradient: bool,
+) -> tuple[VocabularyLosses, list[Tensor | None]]:
+    """The losses, and the gradients of `loss` for hidden, latents and markov_w2."""
+    rows, dtype = hidden.shape[0], _product_dtype(head)
+    exact = dtype == torch.float32
+    factors = [(hidden, head)]
+    if latents is not None and markov_w2 is not None:
+        factors.append((latents, markov_w2.to(dtype)))
+    step = max(1, math.ceil(rows / max(1, math.ceil(rows / chunk_rows))))  # chunks of about the same size
+
+    all_logits = hidden.new_empty(step, head.shape[0], dtype=torch.float32)
+    # For the target's logits, and before them for a bias that its matrix product cannot add to the draft's.
+    needs_second = target_hidden is not None or (len(factors) == 2 and not exact)
+    all_second = torch.empty_like(all_logits) if needs_second else all_logits
+    all_slopes = torch.empty_like(all_logits, dtype=dtype) if with_gradient and not exact else all_logits
+    ce, l1 = hidden.new_zeros(2, rows, dtype=torch.float32)
+    input_gradients = [torch.empty_like(inputs) for inputs, _ in factors]
+    w2_gradient = w2_summand = None
+    if with_gradient and markov_w2 is not None:
+        w2_gradient = torch.zeros_like(markov_w2, dtype=torch.float32)
+        w2_summand = w2_gradient if exact else torch.empty_like(w2_gradient)
+
+    for start in range(0, rows, step):
+        chunk = slice(start, min(start + step, rows))
+        logits, second, slopes = (buffer[: chunk.stop - start] for buffer in (all_logits, all_second, all_slopes))
+        inputs_of_chunk = [inputs[chunk].to(dtype) for inputs, _ in factors]
+        for index, (_, table) in enumerate(factors):
+            for columns, part in _parts(table, dtype):
+                _multiply(inputs_of_chunk[index], part.T, logits[:, columns], second[:, columns] if index else None)
+        if target_hidden is not None:
+            for columns, part in _parts(head, dtype):
+                _multiply(target_hidden[chunk].to(dtype), part.T, second[:, columns])
+        losses_of_rows(
+            logits,
+            None if target_hidden is None else second,
+            targets[chunk],
+            weights[chunk].float(),
+            ce_scale,
+            tv_scale,
+            ce[chunk],
+            l1[chunk],
+            slopes if with_gradient else None,
         )
-        return hidden, latents, None, markov_w2, None, None, None, None, None, None
+        if with_gradient:
+            for (_, table), gradient in zip(factors, input_gradients, strict=True):
+                gradient[chunk] = sum(slopes[:, columns] @ part for columns, part in _parts(table, dtype))
+        if w2_gradient is not None:
+            _multiply(slopes.T, inputs_of_chunk[-1], w2_gradient, w2_summand)
+    loss = (weights * (ce_scale * ce + tv_scale * l1)).sum()
+    losses = VocabularyLosses(loss, ce, None if target_hidden is None else l1)
+    if w2_gradient is None or markov_w2 is None:
+        return losses, [input_gradients[0], None, None]
+    return losses, [*input_gradients, w2_gradient.to(markov_w2.dtype)]
 
 
-def _softmax_and_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Overwrites `logits` with the probabilities [rows, vocab]; cross-entropy [rows]."""
-    logits.sub_(logits.amax(-1, keepdim=True))
-    of_target = logits.gather(1, targets[:, None]).squeeze(1)
-    logits.exp_()
-    total = logits.sum(-1, keepdim=True)
-    return logits.div_(total), total.squeeze(1).log() - of_target
+def _fused_losses_of_rows() -> Callable[..., None]:
+    from deepspec.kernels import losses_triton  # imports Triton, which not everybody has
+
+    return losses_triton.losses_of_rows
 
 
-def _logit_gradient(
-    probabilities: Tensor, difference: Tensor | None, targets: Tensor, weights: Tensor, ce_scale: float, tv_scale: float
-) -> Tensor:
-    """Gradient of weights * (ce_scale * ce + tv_scale * l1) for the logits; overwrites its inputs.
+def _product_dtype(head: Tensor) -> torch.dtype:
+    """Of the operands: low precision where its products can be float32 and are faster."""
+    return head.dtype if head.is_cuda and head.dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def _parts(table: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Which rows, and the rows in `dtype`: all at once if they have it already, else so few that they are cheap."""
+    step = table.shape[0] if table.dtype == dtype else max(1, CONVERTED_ELEMENTS // table.shape[1])
+    for start in range(0, table.shape[0], step):
+        rows = slice(start, start + step)
+        yield rows, table[rows].to(dtype)
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor, summand: Tensor | None = None) -> None:
+    """left @ right into `out`, or added to it if there is a `summand`, a tensor like `out` that may be overwritten.
+
+    `out` is float32; the others may be in low precision on CUDA.
+    """
+    if left.dtype == out.dtype:
+        out.addmm_(left, right, beta=0 if summand is None else 1)
+    elif summand is None:
+        torch.mm(left, right, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(left, right, out_dtype=out.dtype, out=summand)
+        out.add_(summand)
+
+
+def losses_of_rows(
+    logits: Tensor,
+    target_logits: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    ce_scale: float,
+    tv_scale: float,
+    ce: Tensor,
+    l1: Tensor,
+    gradient: Tensor | None,
+) -> None:
+    """Cross-entropy, distance and the gradient for the logits of some rows.
 
     d ce / dz = p - onehot; d l1 / dz = p * (s - <s, p>) with s = sign(p - p_t).
+
+    Args:
+        logits, target_logits: float32 [rows, vocab], overwritten. Without target logits the tv_scale is 0.
+        targets, weights: [rows]
+        ce, l1: [rows], filled; l1 only with target logits.
+        gradient: [rows, vocab], filled with that of weights * (ce_scale * ce + tv_scale * l1); may be `logits` itself.
     """
-    if tv_scale and difference is not None:
-        sign = difference.sign_()
-        mean_sign = torch.linalg.vecdot(sign, probabilities)
-        sign.mul_(tv_scale * weights[:, None]).add_((weights * (ce_scale - tv_scale * mean_sign))[:, None])
-        gradient = sign.mul_(probabilities)
-    else:
-        gradient = probabilities.mul_(ce_scale * weights[:, None])
-    return gradient.scatter_add_(1, targets[:, None], (-ce_scale * weights)[:, None])
+    rows, vocab = logits.shape
+    cores = torch.get_num_threads() if logits.device.type == "cpu" else 1
+    cached = CACHED_ELEMENTS.get(logits.device.type, CACHED_ELEMENTS["cuda"])
+    step = min(rows, cores * max(1, cached // vocab))
+    all_p, all_q = logits.new_empty(2, step, vocab)
+    for start in range(0, rows, step):
+        some = slice(start, min(start + step, rows))
+        p, q = all_p[: some.stop - start], all_q[: some.stop - start]
+        z, target, weight = logits[some], targets[some, None], weights[some, None]
+        largest, of_target = z.amax(-1), z.gather(1, target).squeeze(1)
+        torch.softmax(z, -1, out=p)
+        ce[some] = largest - of_target - p.amax(-1).log_()  # the largest probability is 1 / sum(exp(z - largest))
+        if target_logits is not None:
+            torch.softmax(target_logits[some], -1, out=q)
+            difference = torch.sub(p, q, out=q)
+            l1[some] = torch.abs(difference, out=z).sum(-1)
+        if gradient is None:
+            continue
+        if tv_scale:
+            signed_p = difference.sign_().mul_(p)
+            of_p = weight * (ce_scale - tv_scale * signed_p.sum(-1, keepdim=True))
+            torch.mul(p, of_p, out=z).addcmul_(signed_p, weight, value=tv_scale)
+        else:
+            torch.mul(p, ce_scale * weight, out=z)
+        z.scatter_add_(1, target, -ce_scale * weight)
+        if gradient is not logits:
+            gradient[some] = z
