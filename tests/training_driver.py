@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from training_world import tiny_run
+from training_world import changed, tiny_run
 
 from deepspec.checkpoints import checkpoint_folder
+from deepspec.config import TrainRun
 from deepspec.training import train
 from deepspec.training.batches import MicroBatch
 from deepspec.training.devices import zero_stage
@@ -45,8 +46,14 @@ def main() -> None:
         if work == "die":
             die_after_step_5()
         folder = {"die": "killed"}.get(work, work if "/" not in work else "moved")
-        result = train(tiny_run(world, output / folder, resume=work if folder == "moved" else "auto"))
+        result = train(small_run(world, output / folder, resume=work if folder == "moved" else "auto"))
         assert (result.status, result.step) == ("finished", 6)
+
+
+def small_run(world: Path, folder: Path, **train_settings: str) -> TrainRun:
+    """With 5 samples to evaluate, for which two ranks need 2 passes and 1."""
+    config = tiny_run(world, folder, **train_settings)
+    return changed(config, data={"eval_files": config.data.train_files, "eval_samples": 5})
 
 
 def use_deepspeed_settings(file: Path) -> None:
@@ -86,5 +93,6 @@ def single_rows(batch: MicroBatch) -> Iterator[MicroBatch]:
         yield MicroBatch(inputs, [index], batch.weight_sum / rows, batch.tokens // rows)
 
 
-vary_micro_batches()
-main()
+if __name__ == "__main__":
+    vary_micro_batches()
+    main()
