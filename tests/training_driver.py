@@ -26,9 +26,8 @@ from training_world import changed, tiny_run
 
 from deepspec.checkpoints import checkpoint_folder
 from deepspec.config import TrainRun
-from deepspec.training import train
+from deepspec.training import devices, train
 from deepspec.training.batches import MicroBatch
-from deepspec.training.devices import zero_stage
 from deepspec.training.report import Reporter
 from deepspec.training.trainer import Trainer
 
@@ -63,6 +62,18 @@ def use_deepspeed_settings(file: Path) -> None:
         os.environ[f"ACCELERATE_DEEPSPEED_{name.upper()}"] = str(value)
 
 
+def let_go_at_once() -> None:
+    """ZeRO-3 would keep a draft as small as this one whole once it has gathered it."""
+    plugin = devices._deepspeed_plugin
+
+    def plugin_that_lets_go(*args):
+        made = plugin(*args)
+        made.deepspeed_config["zero_optimization"]["stage3_max_reuse_distance"] = 0
+        return made
+
+    devices._deepspeed_plugin = plugin_that_lets_go
+
+
 def die_after_step_5() -> None:
     step = Reporter.step
 
@@ -79,7 +90,7 @@ def vary_micro_batches() -> None:
 
     def varying_steps(self) -> Iterator[list[MicroBatch]]:
         is_cut = any(parameter.numel() == 0 for parameter in self.parameters)
-        assert is_cut == (zero_stage(self.accelerator) == 3), "ZeRO-3 cuts the draft over the ranks"
+        assert is_cut == (devices.zero_stage(self.accelerator) == 3), "ZeRO-3 cuts the draft over the ranks"
         for step, batches in enumerate(steps(self), self.done):
             yield batches if step % 2 else [row for batch in batches for row in single_rows(batch)]
 
@@ -95,4 +106,5 @@ def single_rows(batch: MicroBatch) -> Iterator[MicroBatch]:
 
 if __name__ == "__main__":
     vary_micro_batches()
+    let_go_at_once()
     main()
