@@ -12,7 +12,8 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors import safe_open
 from safetensors.torch import load_file
-from training_world import draft_weights, is_timing, tiny_run
+from training_driver import small_run
+from training_world import draft_weights, is_timing
 
 import deepspec
 from deepspec.checkpoints import checkpoint_folder, verify_checkpoint
@@ -42,7 +43,7 @@ WORK = {
 
 @pytest.fixture(scope="module")
 def one_process(training_world, in_temporary_folder, tmp_path_factory):
-    return train(tiny_run(training_world, tmp_path_factory.mktemp("one"))).checkpoint.parents[1]
+    return train(small_run(training_world, tmp_path_factory.mktemp("one"))).checkpoint.parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_resumes_exactly(launched):
 def test_continues_in_one_process(launched, training_world, one_process, tmp_path, caplog):
     config, folder, _ = launched
     checkpoint = checkpoint_folder(folder / "whole", 4)
-    train(tiny_run(training_world, tmp_path, resume=str(checkpoint)))
+    train(small_run(training_world, tmp_path, resume=str(checkpoint)))
     assert largest_difference(tmp_path, one_process) < 1e-5
     assert (
         f"{checkpoint} was written by {NAMES[config]} on 2 ranks with train.tokens_per_batch=64, and this is one "

@@ -100,8 +100,8 @@ def test_frozen_weights_are_no_parameters(tiny_draft, tmp_path):
 
 
 def test_frozen_weights_compute_the_same(tiny_draft, tiny_batch):
-    inputs = (tiny_batch.input_ids, tiny_batch.context_features, tiny_batch.anchor_positions, tiny_batch.block_mask)
+    inputs = tiny_batch.for_backbone()
     draft = tiny_draft()
-    expected = draft.base_logits(draft(*inputs))
+    expected = draft.base_logits(draft(**inputs))
     hold_target_weights_as_buffers(draft)
-    assert torch.equal(draft.base_logits(draft(*inputs)), expected)
+    assert torch.equal(draft.base_logits(draft(**inputs)), expected)

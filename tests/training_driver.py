@@ -21,11 +21,11 @@ import sys
 from pathlib import Path
 
 import yaml
-from training_world import tiny_run
+from training_world import changed, tiny_run
 
 from deepspec.checkpoints import checkpoint_folder
-from deepspec.training import train
-from deepspec.training.devices import zero_stage
+from deepspec.config import TrainRun
+from deepspec.training import devices, train
 from deepspec.training.report import Reporter
 from deepspec.training.trainer import Trainer
 
@@ -44,8 +44,14 @@ def main() -> None:
             die_after_step_5()
         folder = {"die": "killed"}.get(work, work if "/" not in work else "moved")
         resume = work if folder == "moved" else "auto"
-        result = train(tiny_run(world, output / folder, resume=resume, tokens_per_batch=64))
+        result = train(small_run(world, output / folder, resume=resume, tokens_per_batch=64))
         assert (result.status, result.step) == ("finished", 6)
+
+
+def small_run(world: Path, folder: Path, **train_settings: str) -> TrainRun:
+    """With 5 samples to evaluate, for which two ranks need 2 passes and 1."""
+    config = tiny_run(world, folder, **train_settings)
+    return changed(config, data={"eval_files": config.data.train_files, "eval_samples": 5})
 
 
 def use_deepspeed_settings(file: Path) -> None:
@@ -53,6 +59,18 @@ def use_deepspeed_settings(file: Path) -> None:
     settings = {"offload_optimizer_device": "none"} | yaml.safe_load(file.read_text()).get("deepspeed_config", {})
     for name, value in settings.items():
         os.environ[f"ACCELERATE_DEEPSPEED_{name.upper()}"] = str(value)
+
+
+def let_go_at_once() -> None:
+    """ZeRO-3 would keep a draft as small as this one whole once it has gathered it."""
+    plugin = devices._deepspeed_plugin
+
+    def plugin_that_lets_go(*args):
+        made = plugin(*args)
+        made.deepspeed_config["zero_optimization"]["stage3_max_reuse_distance"] = 0
+        return made
+
+    devices._deepspeed_plugin = plugin_that_lets_go
 
 
 def die_after_step_5() -> None:
@@ -71,11 +89,13 @@ def check_partition() -> None:
 
     def checked_run(self, stop, reporter):
         is_cut = any(parameter.numel() == 0 for parameter in self.parameters)
-        assert is_cut == (zero_stage(self.accelerator) == 3), "ZeRO-3 cuts the draft over the ranks"
+        assert is_cut == (devices.zero_stage(self.accelerator) == 3), "ZeRO-3 cuts the draft over the ranks"
         return run(self, stop, reporter)
 
     Trainer.run = checked_run
 
 
-check_partition()
-main()
+if __name__ == "__main__":
+    check_partition()
+    let_go_at_once()
+    main()

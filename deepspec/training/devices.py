@@ -19,6 +19,8 @@ from deepspec.config import ConfigError, TrainRun
 from deepspec.ranks import check_ranks, launched_ranks, runs_on_cpu
 from deepspec.training.batches import batch_split
 
+LIVE_PARAMETERS = 100_000_000  # held whole by ZeRO-3 until their next use; DeepSpeed's billion is more than a draft has
+
 
 def start_accelerator(config: TrainRun) -> Accelerator:
     """An accelerator for this run. Also works when an earlier run in the same process left one behind (multirun).
@@ -37,7 +39,7 @@ def start_accelerator(config: TrainRun) -> Accelerator:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed even where nothing uses it
     if with_deepspeed and use_cpu:
         _switch_off_compiled_collectives()
-    batch_split(config.train, launched_ranks())
+    batch_split(config.train, launched_ranks())  # or refuse
     timeout = timedelta(minutes=config.train.collective_timeout)
     accelerator = Accelerator(
         cpu=use_cpu and not with_deepspeed,
@@ -99,10 +101,14 @@ def _deepspeed_plugin(grad_clip: float) -> DeepSpeedPlugin:
     settings = plugin.deepspeed_config
     settings["gradient_accumulation_steps"] = 1
     settings["gradient_clipping"] = grad_clip
-    settings["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed only counts samples with it
+    settings["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed only counts samples with these two
+    settings["train_batch_size"] = "auto"
     settings.setdefault("zero_force_ds_cpu_optimizer", False)  # DeepSpeed's own CPU Adam is compiled at the first use
+    zero = settings["zero_optimization"]
     for size in ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"):
-        settings["zero_optimization"].setdefault(size, "auto")  # accelerate derives them from the draft's hidden size
+        zero.setdefault(size, "auto")  # accelerate derives them from the draft's hidden size
+    for size in ("stage3_max_live_parameters", "stage3_max_reuse_distance"):
+        zero.setdefault(size, LIVE_PARAMETERS)
     return plugin
 
 
