@@ -12,6 +12,8 @@ from deepspec.targets import Target, TargetFeatures
 class FeatureSource(Protocol):
     """Anything that gives target features for a batch."""
 
+    concurrency: int  # batches that it may be asked for at once, from as many threads
+
     def batch_features(self, batch: TokenBatch) -> TargetFeatures:
         """Features [rows, tokens, ...] of every document as if it stood alone, on the device that trains.
 
@@ -23,9 +25,15 @@ class FeatureSource(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of what it holds. No batch is asked for afterwards; one that is waited for may fail."""
+        ...
+
 
 class OnlineFeatures:
     """The target is resident and computes the features of each batch as it comes. Nothing is stored."""
+
+    concurrency = 1
 
     def __init__(self, target: Target, layer_ids: Sequence[int]):
         self.target = target
@@ -33,6 +41,9 @@ class OnlineFeatures:
 
     def batch_features(self, batch: TokenBatch) -> TargetFeatures:
         return self.target.features(batch.to(self.target.device), self.layer_ids)
+
+    def close(self) -> None:
+        pass
 
 
 def build_feature_source(name: str, target: Target, layer_ids: Sequence[int]) -> FeatureSource:
