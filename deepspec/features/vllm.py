@@ -184,10 +184,11 @@ class VllmFeatures:
                 "--no-enable-prefix-caching and --no-enable-chunked-prefill"
             )
         if list(states.shape) != expected or states.dtype != self._dtype:
+            dtype = str(self._dtype).removeprefix("torch.")
             raise ConfigError(
                 f"features.urls: {replica.url} gives states of {list(states.shape)} {states.dtype}, expected "
-                f"{expected} {self._dtype}: start vLLM with eagle_aux_hidden_state_layer_ids={self._wanted} and --dtype "
-                f"{str(self._dtype).removeprefix('torch.')}"
+                f"{expected} {self._dtype}: start vLLM with eagle_aux_hidden_state_layer_ids={self._wanted} and "
+                f"--dtype {dtype}"
             )
         return states
 
