@@ -100,7 +100,7 @@ def _serve(options: ServeOptions) -> None:
 def prepare_processes() -> None:
     """Let the fork server import in the background what every server process needs."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    multiprocessing.set_forkserver_preload(["deepspec.features.serve"])
+    multiprocessing.set_forkserver_preload(["deepspec.features.serve", "deepspec.training.loop", "training_world"])
     forkserver.ensure_running()
 
 

@@ -211,6 +211,7 @@ class Replicas:
 def _message(answer: Tensor) -> str:
     text = bytes(answer[:2000].numpy()).decode(errors="replace").strip()
     try:
-        return str(json.loads(text)["error"])
+        error = json.loads(text)["error"]
+        return str(error["message"] if isinstance(error, dict) else error)
     except (ValueError, KeyError, TypeError):
         return text

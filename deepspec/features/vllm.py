@@ -33,7 +33,8 @@ from deepspec.targets import Target, TargetFeatures
 POLL = 0.002  # seconds between two looks at a lock
 REQUESTS_UNDER_WAY = 32  # on each server: it batches them itself
 PROBE = range(1, 17)  # token ids
-PROBE_RANK = 5
+PROBE_TOKENS = 5  # likeliest next tokens whose log-probabilities are compared
+PROBE_TOLERANCE = 0.3  # nats: bfloat16 logits of 16 to 32 are rounded to 0.125
 
 
 def connect_vllm(
@@ -118,46 +119,46 @@ class VllmFeatures:
                 f"{max_length}: start vLLM with --max-model-len {max_length + 1}"
             )
         ids = torch.tensor(PROBE) % target.vocab_size
-        answer, token = self._ask(ids, only=replica)
+        answer, completion = self._ask(ids, only=replica, logprobs=PROBE_TOKENS, return_tokens_as_token_ids=True)
+        theirs = _first_logprobs(replica, completion)
         final = self._norm(answer.final[-1].to(self._device)).to(target.device)
-        likeliest = target.logits(final).topk(PROBE_RANK).indices.tolist()
-        if token not in likeliest:
+        ours = target.logits(final).log_softmax(-1)
+        worst = max(abs(ours[token].item() - logprob) for token, logprob in theirs.items() if token < len(ours))
+        if not worst <= PROBE_TOLERANCE:
             raise ConfigError(
-                f"features.urls: {replica.url} goes on with token {token} after a probe, which is not among the "
-                f"{PROBE_RANK} likeliest of target.path={target.name_or_path} for the same hidden state: "
-                f"{name} is another model, or vLLM extracts other layers than {self._wanted}"
+                f"features.urls: {replica.url} gives tokens after a probe log-probabilities that differ by up to "
+                f"{worst:.2f} from those of target.path={target.name_or_path} for the same hidden state: {name} is "
+                f"another model, or vLLM extracts other layers than {self._wanted}"
             )
 
     def _fetch(self, share: Share) -> FeatureAnswer:
         answer, _ = self._ask(share.input_ids)
         return FeatureAnswer(answer.context, answer.final[share.wanted], "", "")
 
-    def _ask(self, input_ids: Tensor, only: Replica | None = None) -> tuple[FeatureAnswer, int]:
-        """States of one document and the token that vLLM would go on with; `final` is before the norm."""
+    def _ask(
+        self, input_ids: Tensor, only: Replica | None = None, **options: Any
+    ) -> tuple[FeatureAnswer, dict[str, Any]]:
+        """States of one document, `final` before the norm, and vLLM's whole answer."""
         request = {
             "model": self._model,
             "prompt": input_ids.tolist(),
             "max_tokens": 1,
             "temperature": 0.0,
-            "repetition_penalty": 1.0,
-            "return_token_ids": True,
         }
 
-        def read(replica: Replica, message: Tensor) -> tuple[FeatureAnswer, int]:
-            answer = _read_json(replica, message)
+        def read(replica: Replica, message: Tensor) -> tuple[FeatureAnswer, dict[str, Any]]:
+            completion = _read_json(replica, message)
             try:
-                path = Path(answer["kv_transfer_params"]["hidden_states_path"])
-                token = int(answer["choices"][0]["token_ids"][0])
-            except (KeyError, IndexError, TypeError, ValueError) as error:
+                path = Path(completion["kv_transfer_params"]["hidden_states_path"])
+            except (KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"features.urls: {replica.url} answers without kv_transfer_params.hidden_states_path and token "
-                    "ids: start vLLM with the extract_hidden_states method and ExampleHiddenStatesConnector "
-                    "(docs/features_served.md)"
+                    f"features.urls: {replica.url} answers without kv_transfer_params.hidden_states_path: start vLLM "
+                    "with the extract_hidden_states method and ExampleHiddenStatesConnector (docs/features_served.md)"
                 ) from error
             states = self._read_states(replica, path, input_ids)
-            return FeatureAnswer(states[:, :-1].flatten(1), states[:, -1], "", ""), token
+            return FeatureAnswer(states[:, :-1].flatten(1), states[:, -1], "", ""), completion
 
-        body = [memoryview(json.dumps(request).encode())]
+        body = [memoryview(json.dumps(request | options).encode())]
         return self._replicas.ask("POST", "/v1/completions", read, body=body, only=only)
 
     def _read_states(self, replica: Replica, path: Path, input_ids: Tensor) -> Tensor:
@@ -191,6 +192,15 @@ class VllmFeatures:
                 f"--dtype {dtype}"
             )
         return states
+
+
+def _first_logprobs(replica: Replica, completion: dict[str, Any]) -> dict[int, float]:
+    """Log-probabilities of the likeliest next tokens, by token id."""
+    try:
+        likeliest = completion["choices"][0]["logprobs"]["top_logprobs"][0]
+        return {int(token.removeprefix("token_id:")): float(logprob) for token, logprob in likeliest.items()}
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"features.urls: {replica.url} answers without choices[0].logprobs.top_logprobs") from error
 
 
 def _read_json(replica: Replica, answer: Tensor) -> dict[str, Any]:
