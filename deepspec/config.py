@@ -64,6 +64,7 @@ class DataConfig:
 @dataclass
 class FeaturesConfig:
     source: str = "online"  # online: the target is resident; served: deepspec.features.serve elsewhere; vllm: vLLM
+    target_device: str = "same"  # online target: same GPU as the draft, own (behind the ranks' GPUs), or a device
     lookahead: int = 0  # micro-batches whose features are computed early, beside the training step; 0 = none
     urls: list[str] = field(default_factory=list)  # served, vllm: the servers, as http://host:port
     timeout: float = 60.0  # served, vllm: seconds for one request
@@ -98,6 +99,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest checkpoints kept
     eval_steps: int = 500  # optimizer steps between passes over data.eval_files
     resume: str = "auto"  # auto (newest valid checkpoint of output_dir, if any), never, or a checkpoint folder
+    collective_timeout: float = 60.0  # minutes that a rank waits for the others before it fails
     loss: LossConfig = field(default_factory=LossConfig)
 
 
@@ -200,6 +202,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "train.save_steps": (1, None),
     "train.keep_checkpoints": (1, None),
     "train.eval_steps": (1, None),
+    "train.collective_timeout": (0.01, None),
     "train.loss.ce": (0, None),
     "train.loss.tv": (0, None),
     "train.loss.confidence": (0, None),

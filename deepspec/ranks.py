@@ -29,3 +29,11 @@ def check_ranks(seen: int) -> None:
             f"the launcher started {launched_ranks()} ranks, but this one sees {seen}: launch with one of "
             "configs/accelerate/*.yaml"
         )
+
+
+LOST_RANK = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "socket")
+
+
+def tells_of_lost_rank(error: Exception) -> bool:
+    """Whether a failed collective says that another rank died or no longer answers (gloo, NCCL, their store)."""
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in LOST_RANK)

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
+from deepspec.data.packing import Sample, TokenBatch, lay_out
 from deepspec.drafts import DSparkModel, build_draft, build_draft_config, load_draft
 from deepspec.targets import Target, load_target
+from deepspec.training.anchors import supervise
 
 GOLDENS = Path(__file__).parent / "goldens"
 GOLDEN_DRAFTS = ("dspark_vanilla", "dspark_gated", "dspark_rnn", "dflash")
@@ -52,6 +54,11 @@ def load_golden(name: str) -> Golden:
         load_file(GOLDENS / f"{name}.safetensors"),
         json.loads((GOLDENS / f"{name}.json").read_text(encoding="utf-8")),
     )
+
+
+def positions_of(golden: Golden) -> Tensor:
+    """The golden rows are one document each."""
+    return torch.arange(golden.inputs["input_ids"].shape[1]).expand_as(golden.inputs["input_ids"])
 
 
 @pytest.fixture(params=GOLDEN_DRAFTS)
@@ -113,37 +120,67 @@ def tiny_draft() -> Callable[..., DSparkModel]:
 
 @dataclass(frozen=True)
 class TinyBatch:
-    """Random training inputs for `tiny_draft`: 3 rows of 24 tokens, the last of which is padded from token 15 on."""
+    """Random training inputs for `tiny_draft`: documents of 24, 24 and 15 tokens, one a row."""
 
     input_ids: Tensor
+    position_ids: Tensor
     loss_mask: Tensor
-    attention_mask: Tensor
     context_features: Tensor
     final_features: Tensor
-    anchor_positions: Tensor
+    anchor_columns: Tensor
     block_mask: Tensor
 
     def rows(self, chosen: list[int]) -> TinyBatch:
         return TinyBatch(**{name: value[chosen] for name, value in vars(self).items()})
 
+    def packed(self, order: tuple[int, ...] = (2, 0, 1)) -> TinyBatch:
+        """The same documents and blocks in a single row, without padding."""
+        lengths = [(24, 24, 15)[row] for row in order]
+        starts = [sum(lengths[:place]) for place in range(len(order))]
+        tokens = {
+            name: torch.cat([value[row, :length] for row, length in zip(order, lengths, strict=True)])[None]
+            for name, value in vars(self).items()
+            if name not in ("anchor_columns", "block_mask")
+        }
+        columns = [self.anchor_columns[row][self.block_mask[row]] for row in order]
+        anchors = torch.cat([start + column for start, column in zip(starts, columns, strict=True)])[None]
+        return TinyBatch(**tokens, anchor_columns=anchors, block_mask=torch.ones_like(anchors, dtype=torch.bool))
+
+    def for_backbone(self) -> dict[str, Tensor]:
+        """Arguments of `DSparkModel.forward`."""
+        names = ("input_ids", "position_ids", "context_features", "anchor_columns", "block_mask")
+        return {name: getattr(self, name) for name in names}
+
+    def for_objective(self, block_size: int, decay: float) -> dict[str, Tensor]:
+        """Arguments of `DraftTrainingModule.forward`."""
+        labels = supervise(
+            self.input_ids, self.position_ids, self.loss_mask, self.anchor_columns, self.block_mask, block_size, decay
+        )
+        return self.for_backbone() | {"final_features": self.final_features, **vars(labels)}
+
 
 @pytest.fixture
 def tiny_batch() -> TinyBatch:
     generator = torch.Generator().manual_seed(2)
-    attention_mask = torch.ones(3, 24, dtype=torch.long)
-    attention_mask[2, 15:] = 0
-    loss_mask = attention_mask.clone()
-    loss_mask[:, :3] = 0
-    loss_mask[0, 9:12] = 0
+    loss_mask = torch.ones(3, 24, dtype=torch.bool)
+    loss_mask[2, 15:] = False
+    loss_mask[:, :3] = False
+    loss_mask[0, 9:12] = False
     return TinyBatch(
         input_ids=torch.randint(0, 60, (3, 24), generator=generator),
+        position_ids=torch.arange(24).expand(3, -1),
         loss_mask=loss_mask,
-        attention_mask=attention_mask,
         context_features=torch.randn(3, 24, 96, generator=generator),
         final_features=torch.randn(3, 24, 32, generator=generator),
-        anchor_positions=torch.tensor([[3, 7, 12, 20], [4, 5, 18, 22], [3, 11, 0, 0]]),
+        anchor_columns=torch.tensor([[3, 7, 12, 20], [4, 5, 18, 22], [3, 11, 0, 0]]),
         block_mask=torch.tensor([[True] * 4, [True] * 4, [True, True, False, False]]),
     )
+
+
+def token_batch(input_ids: Tensor) -> TokenBatch:
+    """Rows [rows, tokens] of one document each, every token supervised."""
+    rows = [[Sample(i, 0, str(i), ids, [1] * len(ids))] for i, ids in enumerate(input_ids.tolist())]
+    return lay_out(rows, pad_id=0)
 
 
 @pytest.fixture(scope="session")

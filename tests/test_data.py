@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from deepspec.data.chat import render_conversation, render_prompt
-from deepspec.data.dataset import Sample, check_vocabulary, collate, tokenize_conversations
+from deepspec.data.dataset import check_vocabulary, tokenize_conversations
 from deepspec.data.jsonl import DataError, read_jsonl
-from deepspec.data.sampler import StepSampler, global_batch
+from deepspec.data.packing import Document, Sample, anchor_candidates, lay_out
+from deepspec.data.sampler import BatchSplit, StepSampler, global_batch
 from deepspec.data.tokenizer import CHAT_TEMPLATE, MASK, train_tokenizer
 
 TURNS = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "2 + 3 = 5."}]
@@ -146,13 +150,28 @@ def test_vocabulary_mismatch(tokenizer):
         check_vocabulary(tokenizer, 100, "t")
 
 
-def test_collate_pads_right():
-    batch = collate([Sample(4, 0, "a", [5, 6, 7], [0, 1, 1]), Sample(2, 1, "b", [8], [1])], pad_id=9)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["loss_mask"].tolist() == [[0, 1, 1], [1, 0, 0]]
-    assert batch["sample_index"].tolist() == [4, 2]
-    assert batch["epoch"].tolist() == [0, 1]
+SAMPLES = [Sample(4, 0, "a", [5, 6, 7], [0, 1, 1]), Sample(2, 1, "b", [8], [1]), Sample(3, 1, "c", [2, 1], [1, 1])]
+
+
+def test_rows_are_padded_on_the_right():
+    batch = lay_out([[sample] for sample in SAMPLES[:2]], pad_id=9)
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch.position_ids.tolist() == [[0, 1, 2], [0, 1, 2]]
+    assert batch.loss_mask.tolist() == [[False, True, True], [True, False, False]]
+    assert batch.documents == (Document(4, 0, 0, 3), Document(2, 1, 0, 1))
+    assert (batch.tokens, batch.is_packed) == (4, False)
+
+
+def test_documents_of_a_packed_row_follow_one_another():
+    batch = lay_out([SAMPLES], pad_id=9)
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 2, 1]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert batch.documents == (Document(4, 0, 0, 3), Document(2, 0, 3, 1), Document(3, 0, 4, 2))
+    assert (batch.tokens, batch.is_packed) == (6, True)
+    candidates = anchor_candidates(batch.loss_mask, batch.position_ids)
+    assert candidates.tolist() == [[False, True, False, False, True, False]], (
+        "no candidate looks into the next document"
+    )
 
 
 def test_each_epoch_visits_every_sample_once():
@@ -162,25 +181,14 @@ def test_each_epoch_visits_every_sample_once():
     assert global_batch(10, 4, seed=3, step=0) != global_batch(10, 4, seed=4, step=0)
 
 
+def sampler(split, rank=0, start_step=0, num_samples=23):
+    return StepSampler(split, num_samples, rank=rank, seed=1, start_step=start_step, steps=6)
+
+
 def batches(world_size, micro_batch_size, start_step=0):
-    samplers = [
-        StepSampler(
-            23,
-            global_batch_size=8,
-            micro_batch_size=micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            seed=1,
-            start_step=start_step,
-            steps=6,
-        )
-        for rank in range(world_size)
-    ]
-    assert len(samplers[0]) == (6 - start_step) * samplers[0].accumulation
-    steps = []
-    for parts in zip(*samplers, strict=True):
-        steps.append([key for part in parts for key in part])
-    flat = [key for part in steps for key in part]
+    split = BatchSplit(8, world_size, micro_batch_size)
+    samplers = [sampler(split, rank, start_step) for rank in range(world_size)]
+    flat = [key for parts in zip(*samplers, strict=True) for part in parts for key in part]
     return [flat[i : i + 8] for i in range(0, len(flat), 8)]
 
 
@@ -193,13 +201,38 @@ def test_order_does_not_depend_on_ranks_or_micro_batches_or_a_resume():
 
 def test_indivisible_batch_is_refused():
     with pytest.raises(ValueError, match=r"must be a multiple of train\.micro_batch_size=3 times the 2 ranks"):
-        StepSampler(9, global_batch_size=8, micro_batch_size=3, rank=0, world_size=2, seed=0, start_step=0, steps=1)
+        BatchSplit(8, 2, 3)
+    with pytest.raises(ValueError, match=r"global_batch_size=9: must be a multiple of the 2 ranks"):
+        BatchSplit(9, 2, 3, tokens_per_batch=64)
+
+
+@given(
+    st.lists(st.integers(1, 50), min_size=24, max_size=24),
+    st.sampled_from([1, 2, 3, 4]),
+    st.integers(50, 400),
+    st.integers(0, 5),
+)
+def test_token_budget(lengths, world_size, budget, step):
+    """The same samples as without one, whole, within the budget, as many micro-batches on every rank, none empty."""
+    split = BatchSplit(12, world_size, 1, budget, np.array(lengths))
+    ranks = [sampler(split, rank, num_samples=24).micro_batches(step) for rank in range(world_size)]
+    assert len({len(groups) for groups in ranks}) == 1
+    groups = [group for rank in ranks for group in rank]
+    assert sorted(key for group in groups for key in group) == sorted(global_batch(24, 12, 1, step))
+    tokens = [sum(lengths[index] for index, _ in group) for group in groups]
+    assert all(0 < count <= budget for count in tokens)
+    assert ranks == [sampler(split, rank, num_samples=24).micro_batches(step) for rank in range(world_size)]
+
+
+def test_token_budget_packs_tightly():
+    lengths = np.array([1000, 900, 100, 100, 50, 50, 400, 400, 300, 200])
+    groups = BatchSplit(10, 1, 1, 1200, lengths)([(index, 0) for index in range(10)])[0]
+    assert len(groups) == 3  # 3500 tokens
+    assert [group == sorted(group) for group in groups] == [True] * 3
 
 
 def test_sampler_survives_a_data_loader_with_workers():
-    sampler = StepSampler(
-        5, global_batch_size=2, micro_batch_size=2, rank=0, world_size=1, seed=0, start_step=0, steps=3
-    )
+    order = sampler(BatchSplit(2, 1, 2), num_samples=5)
     rows = [Sample(i, 0, str(i), [i], [1]) for i in range(5)]
 
     class Rows(torch.utils.data.Dataset):
@@ -207,6 +240,6 @@ def test_sampler_survives_a_data_loader_with_workers():
             return rows[key[0]]
 
     loader = torch.utils.data.DataLoader(
-        Rows(), batch_sampler=sampler, collate_fn=lambda samples: [s.index for s in samples]
+        Rows(), batch_sampler=order, collate_fn=lambda samples: [s.index for s in samples]
     )
-    assert list(loader) == [[index for index, _ in keys] for keys in sampler]
+    assert list(loader) == [[index for index, _ in keys] for keys in order]

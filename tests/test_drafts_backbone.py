@@ -27,13 +27,7 @@ VARIANTS = [
 
 def run(draft: DSparkModel, batch: TinyBatch) -> Tensor:
     with torch.no_grad():
-        return draft(
-            batch.input_ids,
-            batch.context_features,
-            batch.anchor_positions,
-            batch.block_mask,
-            batch.attention_mask.bool(),
-        )
+        return draft(**batch.for_backbone())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -42,15 +36,14 @@ def test_decoding_from_a_cache_equals_training(tiny_draft: MakeDraft, tiny_batch
     trained = run(draft, tiny_batch)
     rows, length = tiny_batch.input_ids.shape
     for block in range(2):  # both real in every row
-        anchors = tiny_batch.anchor_positions[:, block]
+        anchors = tiny_batch.anchor_columns[:, block]
         context = draft.project_context(tiny_batch.context_features)
         cache = draft.context_key_values(context, torch.arange(length)[None].expand(rows, -1))
         for keys, values in cache:  # beyond the anchor a decoder's cache holds leftovers
             stale = torch.arange(length)[None] >= anchors[:, None]
             keys.masked_fill_(stale[:, None, :, None], 7.0), values.masked_fill_(stale[:, None, :, None], -9.0)
-        written = torch.arange(length)[None] < anchors[:, None]
         tokens = tiny_batch.input_ids.gather(1, anchors[:, None])[:, 0]
-        decoded = draft.draft_block(tokens, anchors, cache, written)
+        decoded = draft.draft_block(tokens, anchors, cache)
         assert decoded.shape == (rows, draft.block_size, 32)
         torch.testing.assert_close(decoded, trained[:, block], rtol=1e-5, atol=1e-5)
 
@@ -69,7 +62,7 @@ def test_context_projected_piece_by_piece_is_the_same(tiny_draft: MakeDraft, tin
 def test_a_block_sees_nothing_from_its_anchor_on(tiny_draft: MakeDraft, tiny_batch: TinyBatch, family: str) -> None:
     draft = tiny_draft(family)
     before = run(draft, tiny_batch)
-    anchor = int(tiny_batch.anchor_positions[0, 2])
+    anchor = int(tiny_batch.anchor_columns[0, 2])
     ids, features = tiny_batch.input_ids.clone(), tiny_batch.context_features.clone()
     ids[0, anchor + 1 :] = (ids[0, anchor + 1 :] + 1) % 60
     features[0, anchor:] += 1
@@ -81,7 +74,7 @@ def test_a_block_sees_nothing_from_its_anchor_on(tiny_draft: MakeDraft, tiny_bat
 def test_a_block_sees_its_anchor_token_and_the_token_before(tiny_draft: MakeDraft, tiny_batch: TinyBatch) -> None:
     draft = tiny_draft()
     before = run(draft, tiny_batch)
-    anchor = int(tiny_batch.anchor_positions[0, 2])
+    anchor = int(tiny_batch.anchor_columns[0, 2])
     ids, features = tiny_batch.input_ids.clone(), tiny_batch.context_features.clone()
     ids[0, anchor] = (ids[0, anchor] + 1) % 60
     features[0, anchor - 1] += 1
@@ -95,14 +88,14 @@ def test_a_block_sees_its_anchor_token_and_the_token_before(tiny_draft: MakeDraf
 def test_blocks_do_not_see_each_other(tiny_draft: MakeDraft, tiny_batch: TinyBatch) -> None:
     draft = tiny_draft()
     before = run(draft, tiny_batch)
-    moved = tiny_batch.anchor_positions.clone()
+    moved = tiny_batch.anchor_columns.clone()
     moved[:, 1] = 6
-    after = run(draft, replace(tiny_batch, anchor_positions=moved))
+    after = run(draft, replace(tiny_batch, anchor_columns=moved))
     others = [0, 2, 3]
     torch.testing.assert_close(after[:, others], before[:, others], rtol=1e-6, atol=1e-6)
     alone = run(
         draft,
-        replace(tiny_batch, anchor_positions=moved[:, 2:3], block_mask=tiny_batch.block_mask[:, 2:3]),
+        replace(tiny_batch, anchor_columns=moved[:, 2:3], block_mask=tiny_batch.block_mask[:, 2:3]),
     )
     torch.testing.assert_close(alone[:2, 0], before[:2, 2], rtol=1e-5, atol=1e-5)
 
@@ -114,11 +107,21 @@ def test_padding_changes_nothing_and_stays_finite(tiny_draft: MakeDraft, tiny_ba
     row = tiny_batch.rows([2])
     unpadded = TinyBatch(
         **{
-            name: value[:, :15] if name not in ("anchor_positions", "block_mask") else value[:, :2]
+            name: value[:, :15] if name not in ("anchor_columns", "block_mask") else value[:, :2]
             for name, value in vars(row).items()
         }
     )
     torch.testing.assert_close(run(draft, unpadded)[0], padded[2, :2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_documents_equal_single_ones(tiny_draft: MakeDraft, tiny_batch: TinyBatch, variant: dict) -> None:
+    draft = tiny_draft(**variant)
+    alone = run(draft, tiny_batch)
+    together = run(draft, tiny_batch.packed((2, 0, 1)))[0]
+    torch.testing.assert_close(together[:2], alone[2, :2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together[2:6], alone[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(together[6:], alone[1], rtol=1e-5, atol=1e-5)
 
 
 def test_the_window_hides_far_context(tiny_draft: MakeDraft, tiny_batch: TinyBatch) -> None:

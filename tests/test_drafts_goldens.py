@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from conftest import Golden
+from conftest import Golden, positions_of, token_batch
 from torch import Tensor
 
 from deepspec.drafts import build_draft_config
@@ -16,7 +16,11 @@ from deepspec.targets import Target
 def run(golden: Golden) -> Tensor:
     inputs = golden.inputs
     return golden.draft(
-        inputs["input_ids"], inputs["target_hidden_states"], inputs["anchor_positions"], inputs["block_keep_mask"]
+        inputs["input_ids"],
+        positions_of(golden),
+        inputs["target_hidden_states"],
+        inputs["anchor_positions"],
+        inputs["block_keep_mask"],
     )
 
 
@@ -43,7 +47,7 @@ def test_backbone_logits_and_confidence(golden: Golden) -> None:
 
 def test_the_target_gives_the_reference_features(golden: Golden, golden_target: Target) -> None:
     ids = golden.inputs["input_ids"]
-    features = golden_target.features(ids, torch.ones_like(ids), golden.draft.target_layer_ids)
+    features = golden_target.features(token_batch(ids), golden.draft.target_layer_ids)
     torch.testing.assert_close(features.context, golden.inputs["target_hidden_states"], rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(features.final, golden.inputs["target_last_hidden_states"], rtol=1e-5, atol=1e-4)
 

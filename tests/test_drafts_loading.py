@@ -50,8 +50,8 @@ def test_roundtrip_is_bitwise(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert torch.equal(draft.rotary_emb.inv_freq, loaded.rotary_emb.inv_freq)
-    arguments = [tiny_batch.input_ids, tiny_batch.context_features, tiny_batch.anchor_positions, tiny_batch.block_mask]
-    assert torch.equal(draft(*arguments), loaded(*arguments))
+    arguments = tiny_batch.for_backbone()
+    assert torch.equal(draft(**arguments), loaded(**arguments))
 
 
 def test_embedding_and_head_stay_frozen_and_apart(tiny_draft: MakeDraft, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_layers_dtype_and_length_that_do_not_fit(server, target, connect, monkey
         connect([server.url], layer_ids=[0, 4])
     with pytest.raises(ConfigError, match=r"takes at most 4096 tokens, but data.max_length=5000.*batch_tokens=5000"):
         connect([server.url], max_length=5000)
-    monkeypatch.setattr(type(target), "dtype", torch.bfloat16)  # of the trainer; the server has said its own
+    monkeypatch.setattr(type(target), "head_weight", target.head_weight.bfloat16())
     with pytest.raises(ConfigError, match=r"computes in float32, but target.dtype=bfloat16"):
         connect([server.url])
 

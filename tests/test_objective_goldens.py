@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from conftest import Golden
+from conftest import Golden, positions_of
 from torch import Tensor
 
 from deepspec.config import LossConfig
 from deepspec.training import objective
-from deepspec.training.anchors import supervise
+from deepspec.training.anchors import SlotLabels, supervise
 from deepspec.training.metrics import acceptance_sums, summarize
 from deepspec.training.objective import DraftTrainingModule
 
@@ -24,29 +26,39 @@ def loss_config(golden: Golden) -> LossConfig:
     )
 
 
+def labels_of(golden: Golden) -> SlotLabels:
+    inputs = golden.inputs
+    return supervise(
+        inputs["input_ids"],
+        positions_of(golden),
+        inputs["loss_mask"].bool(),
+        inputs["anchor_positions"],
+        inputs["block_keep_mask"],
+        7,
+        loss_config(golden).decay,
+    )
+
+
 def sums_of(golden: Golden, with_metrics: bool = True) -> dict[str, Tensor]:
     inputs = golden.inputs
     return DraftTrainingModule(golden.draft, loss_config(golden))(
         inputs["input_ids"],
-        inputs["loss_mask"],
-        torch.ones_like(inputs["input_ids"]),
-        inputs["target_hidden_states"],
-        inputs["target_last_hidden_states"],
+        positions_of(golden),
         inputs["anchor_positions"],
         inputs["block_keep_mask"],
-        with_metrics,
+        **vars(labels_of(golden)),
+        context_features=inputs["target_hidden_states"],
+        final_features=inputs["target_last_hidden_states"],
+        with_metrics=with_metrics,
     )
 
 
 def test_labels_are_exact(golden: Golden) -> None:
-    inputs, outputs = golden.inputs, golden.outputs
-    labels = supervise(
-        inputs["input_ids"], inputs["loss_mask"], inputs["anchor_positions"], inputs["block_keep_mask"], 7, 4.0
-    )
+    labels, outputs = labels_of(golden), golden.outputs
     supervised = outputs["eval_mask"]
-    assert torch.equal(labels.supervised, supervised)
-    assert torch.equal(labels.targets[supervised], outputs["target_ids"][supervised])
-    torch.testing.assert_close(labels.weights, outputs["loss_weight_mask"], rtol=1e-6, atol=0)
+    assert torch.equal(labels.slots, supervised.flatten().nonzero().squeeze(1))
+    assert torch.equal(labels.targets, outputs["target_ids"][supervised])
+    torch.testing.assert_close(labels.weights, outputs["loss_weight_mask"][supervised], rtol=1e-6, atol=0)
 
 
 def test_losses_and_metrics(golden: Golden) -> None:
@@ -77,9 +89,9 @@ def test_loss_terms_are_sums(golden: Golden) -> None:
 def test_acceptance_of_every_slot(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
 
-    def spy(accept: Tensor, *masks: Tensor) -> dict[str, Tensor]:
+    def spy(accept: Tensor, *others: Any) -> dict[str, Tensor]:
         seen.append(accept)
-        return acceptance_sums(accept, *masks)
+        return acceptance_sums(accept, *others)
 
     monkeypatch.setattr(objective, "acceptance_sums", spy)
     sums_of(golden)

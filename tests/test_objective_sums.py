@@ -32,7 +32,10 @@ VARIANTS: list[dict[str, Any]] = [
 def run(
     draft: DSparkModel, batch: TinyBatch, loss: LossConfig | None = None, with_metrics: bool = True
 ) -> dict[str, Tensor]:
-    return DraftTrainingModule(draft, loss or LossConfig())(**vars(batch), with_metrics=with_metrics)
+    loss = loss or LossConfig()
+    return DraftTrainingModule(draft, loss)(
+        **batch.for_objective(draft.block_size, loss.decay), with_metrics=with_metrics
+    )
 
 
 def gradients(draft: DSparkModel) -> dict[str, Tensor]:
@@ -43,23 +46,26 @@ def gradients(draft: DSparkModel) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_sums_and_gradients_do_not_depend_on_the_split(
+def test_sums_and_gradients_do_not_depend_on_the_split_or_on_packing(
     tiny_draft: MakeDraft, tiny_batch: TinyBatch, variant: dict[str, Any]
 ) -> None:
     draft = tiny_draft(**variant)
     whole = run(draft, tiny_batch)
     whole["loss"].backward()
     expected = gradients(draft)
-    parts = [run(draft, tiny_batch.rows(rows)) for rows in ([0], [2, 1])]
-    for part in parts:
-        part["loss"].backward()
-    for name, gradient in gradients(draft).items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
-    added = add_sums(parts)
-    assert added.keys() == whole.keys()
-    for name, value in added.items():
-        torch.testing.assert_close(value, whole[name].detach(), rtol=1e-5, atol=1e-5)
-    assert summarize(added) == pytest.approx(summarize(whole), rel=1e-5)
+    splits = [[tiny_batch.rows([0]), tiny_batch.rows([2, 1])], [tiny_batch.packed()]]
+    splits.append([tiny_batch.packed((row,)) for row in range(3)])
+    for split in splits:
+        parts = [run(draft, batch) for batch in split]
+        for part in parts:
+            part["loss"].backward()
+        for name, gradient in gradients(draft).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+        added = add_sums(parts)
+        assert added.keys() == whole.keys()
+        for name, value in added.items():
+            torch.testing.assert_close(value, whole[name].detach(), rtol=1e-5, atol=1e-5)
+        assert summarize(added) == pytest.approx(summarize(whole), rel=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -94,7 +100,7 @@ def test_padding_blocks_and_unsupervised_slots_do_not_count(tiny_draft: MakeDraf
     before = run(draft, tiny_batch)
     wider = replace(
         tiny_batch,
-        anchor_positions=torch.cat([tiny_batch.anchor_positions, torch.full((3, 2), 9)], dim=1),
+        anchor_columns=torch.cat([tiny_batch.anchor_columns, torch.full((3, 2), 9)], dim=1),
         block_mask=torch.cat([tiny_batch.block_mask, torch.zeros(3, 2, dtype=torch.bool)], dim=1),
     )
     for name, value in run(draft, wider).items():
@@ -156,12 +162,33 @@ def test_the_label_of_the_confidence_head_is_detached(tiny_draft: MakeDraft, tin
 
 
 def test_tau_multiplies_acceptance_along_a_block() -> None:
-    supervised = torch.tensor([[[True, True, True], [True, False, False], [False, False, False]]])
+    slots = torch.tensor([0, 1, 2, 3])  # all of the first block, the first of the second
     accept = torch.tensor([0.5, 0.4, 1.0, 0.25])
-    sums = acceptance_sums(accept, supervised, torch.tensor([[True, True, False]]))
+    sums = acceptance_sums(accept, slots, torch.tensor([[True, True, False]]), 3)
     assert sums["expected_accepted"].item() == pytest.approx(0.5 + 0.2 + 0.2 + 0.25)
     assert sums["slots"].tolist() == [2, 1, 1]
     assert sums["accept"].tolist() == pytest.approx([0.75, 0.4, 1.0])
     metrics = summarize(sums | {"weight_sum": torch.tensor(1.0)})
     assert metrics["tau"] == pytest.approx(1 + 1.15 / 2)
     assert metrics["accept_rate@1"] == pytest.approx(0.375)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("switch", ["checkpointing", "compiling"])
+def test_speed_switches_change_nothing(
+    tiny_draft: MakeDraft, tiny_batch: TinyBatch, variant: dict[str, Any], switch: str
+) -> None:
+    draft = tiny_draft(**variant).train()
+    plain = run(draft, tiny_batch)["loss"]
+    plain.backward()
+    expected = gradients(draft)
+    if switch == "checkpointing":
+        draft.checkpoint_activations = True
+    else:
+        draft.compile_layers(backend="aot_eager")  # what inductor is given; its own C++ takes a minute
+    for batch in (tiny_batch, tiny_batch.packed()):
+        loss = run(draft, batch)["loss"]
+        loss.backward()
+        torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+        for name, gradient in gradients(draft).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import token_batch
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from deepspec.data.packing import Sample, lay_out
 from deepspec.features import OnlineFeatures, build_feature_source
 from deepspec.targets import Target, load_target, load_target_config
 
@@ -21,40 +23,61 @@ SIZES = {
 FAMILIES = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
 
 
-def tiny_model(family: str, seed: int = 0):
+def tiny_model(family: str, seed: int = 0, window: int | None = None):
     torch.manual_seed(seed)
     config_class, model_class = FAMILIES[family]
-    return model_class(config_class(**SIZES))
+    sliding = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1} if window else {}
+    return model_class(config_class(**SIZES, **sliding))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_features_are_the_hidden_states_of_transformers(family):
     target = Target(tiny_model(family), "tiny")
     ids = torch.randint(0, 64, (2, 9))
-    mask = torch.ones_like(ids)
-    reference = target.model(ids, attention_mask=mask, output_hidden_states=True)
-    features = target.features(ids, mask, [-1, 0, 3])
+    reference = target.model(ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+    features = target.features(token_batch(ids), [-1, 0, 3])
     expected = torch.cat([reference.hidden_states[i + 1] for i in (-1, 0, 3)], dim=-1)
     torch.testing.assert_close(features.context, expected)
     torch.testing.assert_close(features.final, reference.hidden_states[-1])
     torch.testing.assert_close(target.logits(features.final), reference.logits)
 
 
-def test_padding_does_not_change_features():
-    target = Target(tiny_model("qwen3"), "tiny")
-    ids = torch.randint(0, 64, (1, 7))
-    alone = target.features(ids, torch.ones_like(ids), [1, 2])
-    padded = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], dim=1)
-    mask = torch.tensor([[1] * 7 + [0] * 4])
-    together = target.features(padded, mask, [1, 2])
-    torch.testing.assert_close(together.context[:, :7], alone.context)
-    torch.testing.assert_close(together.final[:, :7], alone.final)
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_and_packing_do_not_change_features(family, window):
+    if family == "llama" and window:
+        pytest.skip("Llama has no sliding window")
+    target = Target(tiny_model(family, window=window), "tiny")
+    samples = [
+        Sample(i, 0, str(i), torch.randint(0, 64, (length,)).tolist(), [1] * length)
+        for i, length in enumerate((7, 3, 12))
+    ]
+    alone = [target.features(lay_out([[sample]], 0), [-1, 1, 2]) for sample in samples]
+    padded = target.features(lay_out([[sample] for sample in samples], 0), [-1, 1, 2])
+    mixed_batch = lay_out([samples[::-1], samples[:1]], 0)
+    mixed = target.features(mixed_batch, [-1, 1, 2])
+    for name in ("context", "final"):
+        for row, features in enumerate(alone):
+            expected = getattr(features, name)[0]
+            torch.testing.assert_close(getattr(padded, name)[row, : len(expected)], expected, rtol=1e-5, atol=1e-5)
+        for document in mixed_batch.documents:
+            found = getattr(mixed, name)[document.row, document.columns]
+            expected = getattr(alone[document.index], name)[0]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        assert getattr(mixed, name).isfinite().all()
+
+
+def test_a_sliding_window_is_that_of_transformers():
+    model = tiny_model("qwen3", window=4)
+    ids = torch.randint(0, 64, (2, 9))
+    reference = model(ids, output_hidden_states=True).hidden_states[-1]
+    torch.testing.assert_close(Target(model, "tiny").features(token_batch(ids), []).final, reference)
 
 
 def test_hooks_are_removed_and_nothing_asks_for_gradients():
     target = Target(tiny_model("llama"), "tiny")
     ids = torch.randint(0, 64, (1, 4))
-    features = target.features(ids, torch.ones_like(ids), [-1, 2])
+    features = target.features(token_batch(ids), [-1, 2])
     assert not features.context.requires_grad
     assert not any(parameter.requires_grad for parameter in target.model.parameters())
     assert not target.model.training
@@ -77,9 +100,8 @@ def test_online_source_gives_the_target_features():
     target = Target(tiny_model("qwen3"), "tiny")
     source = build_feature_source("online", target, [0, 2])
     assert isinstance(source, OnlineFeatures)
-    ids = torch.randint(0, 64, (2, 5))
-    mask = torch.ones_like(ids)
-    torch.testing.assert_close(source.batch_features(ids, mask).context, target.features(ids, mask, [0, 2]).context)
+    batch = token_batch(torch.randint(0, 64, (2, 5)))
+    torch.testing.assert_close(source.batch_features(batch).context, target.features(batch, [0, 2]).context)
 
 
 def test_unsupported_family_is_named(tmp_path):

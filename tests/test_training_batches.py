@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
+from dataclasses import replace
 
-from deepspec.data.dataset import Sample
-from deepspec.data.sampler import StepSampler
-from deepspec.training.anchors import supervise
+import numpy as np
+import pytest
+
+from deepspec.data.packing import Sample
+from deepspec.data.sampler import BatchSplit, StepSampler
 from deepspec.training.batches import EVALUATION, MicroBatchMaker, anchor_seed, evaluation_batches, training_steps
 
 
@@ -28,31 +29,30 @@ class Samples:
         return Sample(index, epoch, f"row{index}", [5] * length, [0, 0] + [1] * (length - 2))
 
 
-MAKE = MicroBatchMaker(pad_id=0, num_anchors=4, block_size=3, decay=4.0, seed=3)
+LENGTHS = np.arange(10, 22)
+MAKE = MicroBatchMaker(pad_id=0, packed=False, num_anchors=4, block_size=3, decay=4.0, seed=3)
+PACK = replace(MAKE, packed=True)
 
 
-def sampler(start_step=0, rank=0, world_size=1):
-    return StepSampler(
-        12,
-        global_batch_size=4,
-        micro_batch_size=2,
-        rank=rank,
-        world_size=world_size,
-        seed=3,
-        start_step=start_step,
-        steps=6,
-    )
+def sampler(start_step=0, rank=0, world_size=1, budget=None):
+    split = BatchSplit(4, world_size, 2, budget, LENGTHS)
+    return StepSampler(split, 12, rank=rank, seed=3, start_step=start_step, steps=6)
 
 
 def anchors_of(steps):
-    """{(place, sample): anchors} of every micro-batch."""
+    """{(place, sample): anchors, counted from the start of the document} of every micro-batch."""
     found = {}
     for number, step in enumerate(steps):
         for batch in step:
-            for row, index in enumerate(batch.sample_index):
-                kept = batch.inputs["block_mask"][row]
-                found[number, index] = batch.inputs["anchor_positions"][row][kept].tolist()
+            for document in batch.tokens.documents:
+                columns = batch.blocks["anchor_columns"][document.row][batch.blocks["block_mask"][document.row]]
+                inside = (columns >= document.start) & (columns < document.start + document.length)
+                found[number, document.index] = (columns[inside] - document.start).tolist()
     return found
+
+
+def indices(batch):
+    return [document.index for document in batch.tokens.documents]
 
 
 def test_steps_are_the_same_after_a_resume_and_on_two_ranks():
@@ -62,6 +62,20 @@ def test_steps_are_the_same_after_a_resume_and_on_two_ranks():
     assert resumed == {(step - 4, index): anchors for (step, index), anchors in whole.items() if step >= 4}
     ranks = [anchors_of(training_steps(Samples(), sampler(rank=rank, world_size=2), MAKE, 0)) for rank in (0, 1)]
     assert ranks[0] | ranks[1] == whole
+
+
+def test_packed_steps_hold_the_same_samples_and_anchors():
+    whole = anchors_of(training_steps(Samples(), sampler(), MAKE, 0))
+    for world_size in (1, 2):
+        ranks = [
+            list(training_steps(Samples(), sampler(rank=rank, world_size=world_size, budget=40), PACK, 0))
+            for rank in range(world_size)
+        ]
+        assert {key: value for steps in ranks for key, value in anchors_of(steps).items()} == whole
+        assert len({tuple(map(len, steps)) for steps in ranks}) == 1
+        for batch in (batch for steps in ranks for step in steps for batch in step):
+            assert batch.tokens.input_ids.shape == (1, batch.tokens.tokens)
+            assert batch.tokens.tokens <= 40
 
 
 def test_anchors_change_with_the_epoch_the_seed_and_the_stream():
@@ -80,10 +94,9 @@ def test_weight_sum_is_that_of_the_labels():
     step = next(training_steps(Samples(), sampler(), MAKE, 0))
     assert len(step) == 2
     for batch in step:
-        i = batch.inputs
-        labels = supervise(i["input_ids"], i["loss_mask"], i["anchor_positions"], i["block_mask"], 3, 4.0)
-        assert batch.weight_sum == pytest.approx(float(labels.weights.sum()))
-        assert batch.tokens == sum(10 + index for index in batch.sample_index)
+        assert batch.weight_sum == pytest.approx(float(batch.blocks["weights"].sum()))
+        assert batch.num_blocks == 8
+        assert batch.tokens.tokens == sum(10 + index for index in indices(batch))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -93,7 +106,7 @@ def test_a_failing_loader_stops_training(num_workers):
 
     def read():
         for step in training_steps(Samples(broken=7), sampler(), MAKE, num_workers):
-            seen.extend(index for batch in step for index in batch.sample_index)
+            seen.extend(index for batch in step for index in indices(batch))
 
     with pytest.raises(OSError, match="sample 7 cannot be read"):
         read()
@@ -101,17 +114,18 @@ def test_a_failing_loader_stops_training(num_workers):
     assert 7 not in seen
 
 
-def test_evaluation_covers_every_sample_once():
-    make = MicroBatchMaker(pad_id=0, num_anchors=4, block_size=3, decay=4.0, seed=3, stream=EVALUATION)
-    seen = [
-        index
-        for rank in range(5)
-        for batch in evaluation_batches(Samples(), make, micro_batch_size=2, rank=rank, world_size=5)
-        for index in batch.sample_index
-    ]
+@pytest.mark.parametrize(("make", "budget"), [(MAKE, None), (PACK, 64)])
+def test_evaluation_covers_every_sample_once_in_equally_many_batches(make, budget):
+    make = replace(make, stream=EVALUATION)
+    split = BatchSplit(5, 5, 1, budget, LENGTHS)
+    shares = [list(evaluation_batches(Samples(), make, split, rank)) for rank in range(5)]
+    assert len({len(share) for share in shares}) == 1
+    seen = [index for share in shares for batch, counts in share if counts for index in indices(batch)]
     assert sorted(seen) == list(range(12))
-    assert torch.is_tensor(batch_of(make).inputs["anchor_positions"])
 
 
-def batch_of(make):
-    return next(iter(evaluation_batches(Samples(), make, micro_batch_size=2, rank=0, world_size=1)))
+def test_evaluation_on_more_ranks_than_samples():
+    split = BatchSplit(16, 16, 1, None, LENGTHS)
+    shares = [list(evaluation_batches(Samples(), MAKE, split, rank)) for rank in range(16)]
+    assert [sum(counts for _, counts in share) for share in shares] == [1] * 12 + [0] * 4
+    assert [len(share) for share in shares] == [1] * 16

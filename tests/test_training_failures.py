@@ -139,6 +139,14 @@ def test_tokenizer_without_a_mask_token(training_world, tmp_path):
         train(config)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must not be there")
+@pytest.mark.parametrize("device", ["own", "cuda:3", "nowhere"])
+def test_target_device_that_is_not_there(training_world, tmp_path, device):
+    config = changed(tiny_run(training_world, tmp_path), features={"target_device": device})
+    with pytest.raises(ConfigError, match=f"features.target_device={device}: cannot be used by local rank 0"):
+        train(config)
+
+
 def test_impossible_draft_fails_before_weights_are_read(training_world, tmp_path):
     shutil.copytree(training_world / "target", tmp_path / "target")
     (tmp_path / "target" / "model.safetensors").unlink()

@@ -16,9 +16,12 @@ from deepspec.config import ConfigError, WandbConfig
 from deepspec.targets import load_target
 from deepspec.training import train
 from deepspec.training.log import read_metrics
+from deepspec.training.meter import PARTS
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
-TIMINGS = {"tokens_per_second", "step_seconds", "peak_memory_gib"}
+TIMINGS = {"tokens_per_second", "anchors_per_second", "step_seconds", "peak_memory_gib"} | {
+    f"{part}_seconds" for part in PARTS
+}
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +75,38 @@ def test_metrics_rows(finished):
     assert result.metrics["loss"] == rows[-1]["loss"]
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 4])
-def test_result_does_not_depend_on_the_split(finished, training_world, tmp_path, micro_batch_size):
+SPLITS = [
+    {"micro_batch_size": 1},
+    {"micro_batch_size": 4},
+    {"tokens_per_batch": 64},
+    {"tokens_per_batch": 1000},
+    {"activation_checkpointing": True},
+]
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+@pytest.mark.parametrize("split", SPLITS, ids=lambda split: next(iter(split)))
+def test_result_does_not_depend_on_the_split(finished, training_world, tmp_path, split, lookahead):
     config, result = finished
-    other = train(tiny_run(training_world, tmp_path, micro_batch_size=micro_batch_size))
+    other = train(changed(tiny_run(training_world, tmp_path, **split), features={"lookahead": lookahead}))
     for ours, theirs in zip(read_metrics(config.output_dir), read_metrics(tmp_path), strict=True):
         for name in ours.keys() - TIMINGS:
             assert math.isclose(ours[name], theirs[name], rel_tol=2e-5, abs_tol=1e-6), (name, ours, theirs)
     ours, theirs = deepspec.load_draft(result.checkpoint), deepspec.load_draft(other.checkpoint)
     for (name, a), (_, b) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6, rtol=0), name
+
+
+def test_parts_of_a_step_add_up(finished):
+    config, _ = finished
+    for row in read_metrics(config.output_dir):
+        parts = sum(row[f"{part}_seconds"] for part in PARTS)
+        assert 0.5 * row["step_seconds"] < parts <= row["step_seconds"]
+
+
+def test_too_small_a_token_budget(training_world, tmp_path):
+    with pytest.raises(ConfigError, match=r"train.tokens_per_batch=32: must be at least data.max_length=64"):
+        train(tiny_run(training_world, tmp_path, tokens_per_batch=32))
 
 
 def test_second_run_in_the_same_process(finished, training_world, tmp_path):

@@ -164,10 +164,10 @@ class DSparkModel(PreTrainedModel):
             self._spans(anchor_columns, anchor_positions * block_mask),
         )
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, backend: str = "inductor") -> None:
         """torch.compile every layer in place; they share one compilation. Attention is a kernel of its own."""
         for layer in self._draft_layers():
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, backend=backend)
 
     def project_context(self, features: Tensor) -> Tensor:
         """H_ctx = RMSNorm(W_c [H_l1; ...; H_lm]).

@@ -77,6 +77,7 @@ class Replicas:
         self._http = urllib3.PoolManager(maxsize=64, retries=False)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
+        self._why_stopped = "the feature source was closed"
 
     def __len__(self) -> int:
         return len(self.replicas)
@@ -135,7 +136,7 @@ class Replicas:
     def _wait(self, until: float, give_up_at: float) -> None:
         seconds = min(until, give_up_at) - time.monotonic()
         if self._stopped.wait(max(seconds, 0)):
-            raise FeatureServerError("the feature source was closed")
+            raise FeatureServerError(self._why_stopped)
 
     @contextmanager
     def _counted(self, replica: Replica) -> Iterator[None]:
@@ -155,13 +156,15 @@ class Replicas:
             replica.last_failure = str(error)
 
     def _give_up(self, only: Replica | None) -> FeatureServerError:
-        self._stopped.set()
+        """Whatever else is asked for fails at once, and for the same reason."""
         asked = [only] if only else self.replicas
         causes = "; ".join(f"{replica.url}: {replica.last_failure}" for replica in asked)
-        return FeatureServerError(
+        self._why_stopped = (
             f"no feature server of features.urls answered for {self._retry_for:g} s (features.retry_for): {causes}. "
             "Start one again and run the same command: training continues from its newest checkpoint"
         )
+        self._stopped.set()
+        return FeatureServerError(self._why_stopped)
 
     def _send(self, replica: Replica, method: str, path: str, body: Sequence[memoryview], content_type: str) -> Tensor:
         """One request: the body of a 200, uint8 [bytes]."""

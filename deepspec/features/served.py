@@ -7,10 +7,10 @@ import os
 import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepspec.config import ConfigError, FeaturesConfig
 from deepspec.data.packing import Document, TokenBatch, anchor_candidates
@@ -25,11 +25,11 @@ from deepspec.features.wire import (
     decode_answer,
     encode_request,
 )
-from deepspec.targets import Target, TargetFeatures
+from deepspec.targets import TargetFeatures
 
 
 def connect_served(
-    features: FeaturesConfig, target: Target, layer_ids: Sequence[int], *, device: torch.device, max_length: int
+    features: FeaturesConfig, target: LentTarget, layer_ids: Sequence[int], *, device: torch.device, max_length: int
 ) -> ServedFeatures:
     """The source of `features.urls`, once every server there has said that it serves this target.
 
@@ -49,17 +49,34 @@ def connect_served(
         token=os.environ.get(TOKEN_VARIABLE),
         pin_memory=device.type == "cuda",
     )
+    identity = TargetIdentity.of(target)
     healths = [replicas.ask("GET", "/health", _read_health, only=replica) for replica in replicas.replicas]
     for replica, health in zip(replicas.replicas, healths, strict=True):
-        _check_health(replica.url, health, TargetIdentity.of(target), layer_ids, max_length)
+        _check_health(replica.url, health, identity, layer_ids, max_length)
     return ServedFeatures(
         replicas,
-        TargetIdentity.of(target),
+        identity,
         layer_ids,
-        wire_dtype=target.dtype if features.dtype is None else getattr(torch, features.dtype),
+        wire_dtype=identity.dtype if features.dtype is None else getattr(torch, features.dtype),
         device=device,
         request_tokens=min(health["limits"]["batch_tokens"] for health in healths),
     )
+
+
+class LentTarget(Protocol):
+    """What a trainer knows of a target that runs elsewhere."""
+
+    name_or_path: str
+    revision: str | None
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, hidden]"""
+
+    @property
+    def final_norm(self) -> nn.Module: ...
 
 
 class TargetIdentity(NamedTuple):
@@ -71,8 +88,9 @@ class TargetIdentity(NamedTuple):
     hidden_size: int
 
     @classmethod
-    def of(cls, target: Target) -> TargetIdentity:
-        return cls(target.name_or_path, target.fingerprint, target.dtype, target.hidden_size)
+    def of(cls, target: LentTarget) -> TargetIdentity:
+        head = target.head_weight
+        return cls(target.name_or_path, target.fingerprint, head.dtype, head.shape[1])
 
 
 class ServedFeatures:
@@ -82,6 +100,7 @@ class ServedFeatures:
     """
 
     concurrency = 2  # one batch is computed while another travels
+    flops_per_token = 0.0
 
     def __init__(
         self,

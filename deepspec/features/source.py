@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Protocol
+
+import torch
 
 from deepspec.data.packing import TokenBatch
 from deepspec.targets import Target, TargetFeatures
@@ -13,6 +16,7 @@ class FeatureSource(Protocol):
     """Anything that gives target features for a batch."""
 
     concurrency: int  # batches that it may be asked for at once, from as many threads
+    flops_per_token: float  # of the target's forward pass on the training device; 0 when it runs elsewhere
 
     def batch_features(self, batch: TokenBatch) -> TargetFeatures:
         """Features [rows, tokens, ...] of every document as if it stood alone, on the device that trains.
@@ -35,18 +39,29 @@ class OnlineFeatures:
 
     concurrency = 1
 
-    def __init__(self, target: Target, layer_ids: Sequence[int]):
+    def __init__(self, target: Target, layer_ids: Sequence[int], device: torch.device | None = None):
+        """
+        Args:
+            device: where the features are wanted; None = where the target is.
+        """
         self.target = target
         self.layer_ids = list(layer_ids)
+        self.device = target.device if device is None else device
+        self._lock = Lock()  # the target is not reentrant; a background thread may ask too
+        self.flops_per_token = 2.0 * sum(weight.numel() for weight in target.decoder_layers.parameters())
 
     def batch_features(self, batch: TokenBatch) -> TargetFeatures:
-        return self.target.features(batch.to(self.target.device), self.layer_ids)
+        with self._lock:
+            features = self.target.features(batch.to(self.target.device), self.layer_ids)
+        return TargetFeatures(*(tensor.to(self.device, non_blocking=True) for tensor in vars(features).values()))
 
     def close(self) -> None:
         pass
 
 
-def build_feature_source(name: str, target: Target, layer_ids: Sequence[int]) -> FeatureSource:
+def build_feature_source(
+    name: str, target: Target, layer_ids: Sequence[int], device: torch.device | None = None
+) -> FeatureSource:
     """The source that `features.source` names (its values are checked by `deepspec.config.validate`)."""
     sources = {"online": OnlineFeatures}
-    return sources[name](target, layer_ids)
+    return sources[name](target, layer_ids, device)

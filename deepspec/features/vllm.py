@@ -22,13 +22,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 
 from deepspec.config import ConfigError, FeaturesConfig
 from deepspec.data.packing import TokenBatch
 from deepspec.features.replicas import Replica, Replicas, Unavailable
-from deepspec.features.served import Share, put_together, shares_of
+from deepspec.features.served import LentTarget, Share, put_together, shares_of
 from deepspec.features.wire import FeatureAnswer
-from deepspec.targets import Target, TargetFeatures
+from deepspec.targets import TargetFeatures, load_target_config
 
 POLL = 0.002  # seconds between two looks at a lock
 REQUESTS_UNDER_WAY = 32  # on each server: it batches them itself
@@ -38,7 +39,7 @@ PROBE_TOLERANCE = 0.3  # nats: bfloat16 logits of 16 to 32 are rounded to 0.125
 
 
 def connect_vllm(
-    features: FeaturesConfig, target: Target, layer_ids: Sequence[int], *, device: torch.device, max_length: int
+    features: FeaturesConfig, target: LentTarget, layer_ids: Sequence[int], *, device: torch.device, max_length: int
 ) -> VllmFeatures:
     """The source of the vLLM servers of `features.urls`, once each has answered a probe with this target's states.
 
@@ -69,13 +70,15 @@ class VllmFeatures:
     """One completion request of one token for each document; vLLM batches them."""
 
     concurrency = 2  # one batch is computed while another is read
+    flops_per_token = 0.0
 
     def __init__(
-        self, replicas: Replicas, target: Target, layer_ids: Sequence[int], *, device: torch.device, timeout: float
+        self, replicas: Replicas, target: LentTarget, layer_ids: Sequence[int], *, device: torch.device, timeout: float
     ):
         self._replicas = replicas
-        self._wanted = vllm_layer_ids(layer_ids, target.num_layers)
-        self._dtype, self._hidden_size = target.dtype, target.hidden_size
+        config = load_target_config(target.name_or_path, target.revision)
+        self._wanted = vllm_layer_ids(layer_ids, config.num_hidden_layers)
+        self._dtype, self._hidden_size = target.head_weight.dtype, target.head_weight.shape[1]
         self._norm = deepcopy(target.final_norm).to(device)
         self._device = device
         self._timeout = timeout
@@ -98,7 +101,7 @@ class VllmFeatures:
         self._replicas.close()
         self._threads.shutdown(cancel_futures=True)
 
-    def check(self, replica: Replica, target: Target, max_length: int) -> None:
+    def check(self, replica: Replica, target: LentTarget, max_length: int) -> None:
         """Ask what the server is, and probe it. Raises ConfigError for what cannot work."""
         models = self._replicas.ask("GET", "/v1/models", _read_json, only=replica)
         try:
@@ -118,11 +121,11 @@ class VllmFeatures:
                 f"features.urls: {replica.url} takes {longest} tokens with the one that it adds, but data.max_length="
                 f"{max_length}: start vLLM with --max-model-len {max_length + 1}"
             )
-        ids = torch.tensor(PROBE) % target.vocab_size
+        ids = torch.tensor(PROBE) % target.head_weight.shape[0]
         answer, completion = self._ask(ids, only=replica, logprobs=PROBE_TOKENS, return_tokens_as_token_ids=True)
         theirs = _first_logprobs(replica, completion)
-        final = self._norm(answer.final[-1].to(self._device)).to(target.device)
-        ours = target.logits(final).log_softmax(-1)
+        final = self._norm(answer.final[-1].to(self._device)).to(target.head_weight.device)
+        ours = functional.linear(final, target.head_weight).float().log_softmax(-1)
         worst = max(abs(ours[token].item() - logprob) for token, logprob in theirs.items() if token < len(ours))
         if not worst <= PROBE_TOLERANCE:
             raise ConfigError(

@@ -6,8 +6,9 @@ softmax runs over both parts. A block that sees no context still attends itself,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache, cached_property
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,30 +29,33 @@ class ContextSpans:
 
     first: Tensor  # long [batch, blocks]
     last: Tensor  # long [batch, blocks]; = first where a block sees nothing
+    _memory: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def visible(self, columns: int) -> Tensor:
         """bool [batch, blocks, columns]"""
         column = torch.arange(columns, device=self.first.device)
         return (column >= self.first[..., None]) & (column < self.last[..., None])
 
-    @cached_property
-    def chunks(self) -> list[Chunk]:
-        """All blocks in runs of neighbours, cut where sharing columns would waste more than another run costs."""
-        firsts = self.first.amin(0).tolist()
-        lasts = self.last.amax(0).tolist()
-        overhead = CHUNK_OVERHEAD / self.first.shape[0]
-        largest = LARGEST_CHUNK / self.first.shape[0]
-        return _chunks(firsts, lasts, overhead, largest)
+    def chunks(self, scores_per_column: int) -> list[Chunk]:
+        """All blocks in runs of neighbours, cut where sharing columns would waste more than another run costs.
+
+        Args:
+            scores_per_column: of one block, over the whole batch: batch * heads * slots.
+        """
+        return self._made(("chunks", scores_per_column), lambda: self._make_chunks(scores_per_column))
 
     def flex_mask(self, slots: int, columns: int) -> BlockMask:
         """For queries [blocks * slots] and keys [columns of context, then blocks * slots]."""
-        if (slots, columns) not in self._flex_masks:
-            self._flex_masks[slots, columns] = self._make_flex_mask(slots, columns)
-        return self._flex_masks[slots, columns]
+        return self._made(("flex", slots, columns), lambda: self._make_flex_mask(slots, columns))
 
-    @cached_property
-    def _flex_masks(self) -> dict[tuple[int, int], BlockMask]:
-        return {}
+    def _made(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._memory:
+            self._memory[key] = make()
+        return self._memory[key]
+
+    def _make_chunks(self, scores_per_column: int) -> list[Chunk]:
+        firsts, lasts = self.first.amin(0).tolist(), self.last.amax(0).tolist()
+        return _chunks(firsts, lasts, CHUNK_OVERHEAD / scores_per_column, LARGEST_CHUNK / scores_per_column)
 
     def _make_flex_mask(self, slots: int, columns: int) -> BlockMask:
         first, last = self.first, self.last
@@ -76,7 +80,7 @@ class Chunk:
 
 
 def _chunks(firsts: list[int], lasts: list[int], overhead: float, largest: float) -> list[Chunk]:
-    """Greedy: a block joins the run while the columns it adds for all cost less than a run of its own.
+    """Greedy: a block joins the run while the columns that are computed for nothing cost less than another run.
 
     Args:
         firsts, lasts: span of every block.
@@ -84,20 +88,15 @@ def _chunks(firsts: list[int], lasts: list[int], overhead: float, largest: float
         largest: the most blocks * columns of a run of more than one block.
     """
     chunks: list[Chunk] = []
-    start = 0
-    low, high = firsts[0], lasts[0]
-    for block in range(1, len(firsts) + 1):
-        if block < len(firsts):
-            joint_low, joint_high = min(low, firsts[block]), max(high, lasts[block])
-            joint = (block + 1 - start) * (joint_high - joint_low)
-            apart = (block - start) * (high - low) + lasts[block] - firsts[block]
-            if joint <= apart + overhead and joint <= largest:
-                low, high = joint_low, joint_high
-                continue
-        chunks.append(Chunk(slice(start, block), slice(low, high)))
-        if block < len(firsts):
-            start, low, high = block, firsts[block], lasts[block]
-    return chunks
+    start, low, high, needed = 0, firsts[0], lasts[0], 0
+    for block, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
+        needed += last - first
+        joint = (block + 1 - start) * (max(high, last) - min(low, first))
+        if block > start and (joint > needed + overhead or joint > largest):
+            chunks.append(Chunk(slice(start, block), slice(low, high)))
+            start, low, high, needed = block, first, last, last - first
+        low, high = min(low, first), max(high, last)
+    return [*chunks, Chunk(slice(start, len(firsts)), slice(low, high))]
 
 
 @torch.compiler.disable
@@ -169,6 +168,9 @@ def block_attention_flex(
     """`block_attention` by FlexAttention: neither scores nor a dense mask exist, and hidden tiles are not computed."""
     heads, slots = query.shape[1], query.shape[3]
     keys, values = _joined(context_key, context_value, block_key, block_value)
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)  # autocast does not know FlexAttention
     attend = _compiled_flex() if query.device.type == "cuda" else flex_attention
     attended = attend(
         query.flatten(2, 3),
@@ -241,7 +243,13 @@ def block_attention_chunked(
         grouped = query.float().view(batch, kv_heads, group, blocks, slots, head_dim).transpose(2, 3)
         grouped = grouped.reshape(batch, kv_heads, blocks, group * slots, head_dim) * scale
         attended = _ChunkedAttention.apply(
-            grouped, context_key.float(), context_value.float(), block_key.float(), block_value.float(), spans
+            grouped,
+            context_key.float(),
+            context_value.float(),
+            block_key.float(),
+            block_value.float(),
+            spans,
+            spans.chunks(batch * heads * slots),
         )
     attended = attended.view(batch, kv_heads, blocks, group, slots, head_dim).transpose(2, 3)
     return attended.reshape(query.shape).to(query.dtype)
@@ -262,11 +270,12 @@ class _ChunkedAttention(torch.autograd.Function):
         block_key: Tensor,
         block_value: Tensor,
         spans: ContextSpans,
+        chunks: list[Chunk],
     ) -> Tensor:
         block_scores = query @ block_key.transpose(-1, -2)
         attended = torch.empty_like(query)
         log_total = query.new_empty(*query.shape[:-1], 1)
-        for chunk in spans.chunks:
+        for chunk in chunks:
             over_block = block_scores[:, :, chunk.blocks]
             over_context = _context_scores(query, context_key, spans, chunk)
             largest = over_block.amax(-1, keepdim=True)
@@ -280,7 +289,7 @@ class _ChunkedAttention(torch.autograd.Function):
             attended[:, :, chunk.blocks] = result.div_(total)
             log_total[:, :, chunk.blocks] = total.log_().add_(largest)
         ctx.save_for_backward(query, context_key, context_value, block_key, block_value, attended, log_total)
-        ctx.spans = spans
+        ctx.spans, ctx.chunks = spans, chunks
         return attended
 
     @staticmethod
@@ -293,7 +302,7 @@ class _ChunkedAttention(torch.autograd.Function):
         block_scores = (gradient @ block_value.transpose(-1, -2)).sub_(centre).mul_(block_weights)
         query_gradient = block_scores @ block_key
         key_gradient, value_gradient = torch.zeros_like(context_key), torch.zeros_like(context_value)
-        for chunk in ctx.spans.chunks:
+        for chunk in ctx.chunks:
             rows = (slice(None), slice(None), chunk.blocks)
             columns = (slice(None), slice(None), chunk.columns)
             weights = _context_scores(query, context_key, ctx.spans, chunk).sub_(log_total[rows]).exp_()
@@ -308,6 +317,7 @@ class _ChunkedAttention(torch.autograd.Function):
             value_gradient,
             block_scores.transpose(-1, -2) @ query,
             block_weights.transpose(-1, -2) @ gradient,
+            None,
             None,
         )
 

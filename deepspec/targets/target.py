@@ -112,7 +112,7 @@ class Target:
             layer_ids: captured layers, -1 = embedding output.
         """
         with attend_with(self.config, DOCUMENTS):
-            return self._run(
+            return self.hidden_states(
                 layer_ids,
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
@@ -137,7 +137,7 @@ class Target:
             attention_mask: bool [batch, 1, tokens, keys], True = may attend.
             layer_ids: captured layers; with none, `context` is empty.
         """
-        return self._run(
+        return self.hidden_states(
             layer_ids,
             input_ids=input_ids,
             position_ids=position_ids,
@@ -150,7 +150,8 @@ class Target:
         """Next-token logits in float32: [..., hidden] -> [..., vocab]."""
         return self._head(final).float()
 
-    def _run(self, layer_ids: Sequence[int], **inputs) -> TargetFeatures:
+    def hidden_states(self, layer_ids: Sequence[int], **inputs: Any) -> TargetFeatures:
+        """Captured layers and final states of a forward pass of the decoder with these arguments."""
         with capture_layers(self._layers, layer_ids) as captured:
             final = self._decoder(**inputs).last_hidden_state
         if not layer_ids:

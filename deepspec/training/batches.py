@@ -33,6 +33,11 @@ class MicroBatch:
         """Without padding."""
         return int(self.blocks["block_mask"].sum())
 
+    @property
+    def num_slots(self) -> int:
+        """That carry loss."""
+        return len(self.blocks["slots"])
+
     def to(self, device: torch.device) -> dict[str, Tensor]:
         """The arguments of `DraftTrainingModule.forward` that are no features."""
         inputs = {"input_ids": self.tokens.input_ids, "position_ids": self.tokens.position_ids} | self.blocks

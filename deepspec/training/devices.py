@@ -16,8 +16,6 @@ from deepspec.config import ConfigError, TrainConfig, TrainRun
 from deepspec.ranks import check_ranks, launched_ranks, runs_on_cpu
 from deepspec.training.batches import batch_split
 
-COLLECTIVE_TIMEOUT = timedelta(hours=1)  # a rank that waits longer for the others fails
-
 
 def start_accelerator(config: TrainRun) -> Accelerator:
     """An accelerator for this run. Also works when an earlier run in the same process left one behind (multirun).
@@ -42,7 +40,7 @@ def start_accelerator(config: TrainRun) -> Accelerator:
         mixed_precision="no",
         deepspeed_plugin=_deepspeed_plugin(config.train) if with_deepspeed else None,
         log_with=None if config.logging.wandb.mode == "disabled" else "wandb",
-        kwargs_handlers=[_process_group(use_cpu)],
+        kwargs_handlers=[_process_group(use_cpu, timedelta(minutes=config.train.collective_timeout))],
     )
     check_ranks(accelerator.num_processes)
     return accelerator
@@ -57,10 +55,10 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def _process_group(use_cpu: bool) -> InitProcessGroupKwargs:
+def _process_group(use_cpu: bool, timeout: timedelta) -> InitProcessGroupKwargs:
     """Without an explicit backend, ranks on CPUs would each believe to be rank 0 of 1."""
     launched = "LOCAL_RANK" in os.environ
-    return InitProcessGroupKwargs(backend="gloo" if use_cpu and launched else None, timeout=COLLECTIVE_TIMEOUT)
+    return InitProcessGroupKwargs(backend="gloo" if use_cpu and launched else None, timeout=timeout)
 
 
 def _switch_off_compiled_collectives() -> None:

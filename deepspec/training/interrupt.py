@@ -1,4 +1,4 @@
-"""SIGTERM asks a run to save and stop after the step it is in."""
+"""SIGTERM or SIGUSR1 (a preemption notice) asks a run to save and stop after the step it is in."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import signal
 import threading
 from types import FrameType
 
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+
 
 class StopRequest:
-    """While entered, SIGTERM sets `requested` instead of ending the process."""
+    """While entered, these signals set `requested` instead of ending the process."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> StopRequest:
-        self._installed = threading.current_thread() is threading.main_thread()
-        if self._installed:
-            self._previous = signal.signal(signal.SIGTERM, self._request)
+        in_main_thread = threading.current_thread() is threading.main_thread()  # elsewhere Python refuses handlers
+        self._previous = {number: signal.signal(number, self._request) for number in SIGNALS if in_main_thread}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._installed:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
         self.requested = True

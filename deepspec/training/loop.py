@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from deepspec.config import TrainRun, validate
 from deepspec.files import write_atomically
+from deepspec.ranks import tells_of_lost_rank
 from deepspec.training.devices import start_accelerator
 from deepspec.training.interrupt import StopRequest
 from deepspec.training.report import Reporter
@@ -35,7 +36,7 @@ def train(config: TrainRun) -> TrainResult:
     Raises:
         ConfigError, DataError, ValueError: what cannot work in the configuration, the data or the run folder.
         CheckpointError: a checkpoint cannot be written, or the one named by train.resume cannot be read.
-        RuntimeError: the loss or the gradient is no longer finite.
+        RuntimeError: the loss or the gradient is no longer finite, or another rank died or stopped answering.
     """
     validate(config)
     accelerator = start_accelerator(config)
@@ -48,12 +49,28 @@ def train(config: TrainRun) -> TrainResult:
     trainer = Trainer(config, accelerator, materials, start)
     with StopRequest() as stop, Reporter(config, accelerator, start=start.step, steps=trainer.steps) as reporter:
         reporter.say(trainer.description())
-        finished = trainer.run(stop, reporter)
+        try:
+            finished = trainer.run(stop, reporter)
+        except RuntimeError as error:
+            if accelerator.num_processes > 1 and tells_of_lost_rank(error):
+                raise RuntimeError(_explain_lost_rank(trainer, accelerator)) from error
+            raise
         status = "finished" if finished else "stopped"
         reporter.say(f"{status} at step {trainer.done}: {trainer.checkpoint}")
     assert trainer.checkpoint is not None
     accelerator.free_memory()
     return TrainResult(status, trainer.done, trainer.checkpoint, reporter.last_row)
+
+
+def _explain_lost_rank(trainer: Trainer, accelerator: Accelerator) -> str:
+    survivor = (
+        f"continues from {trainer.checkpoint}" if trainer.checkpoint else "starts again, there is no checkpoint yet"
+    )
+    return (
+        f"rank {accelerator.process_index} of {accelerator.num_processes} gave up in step {trainer.done + 1}: another "
+        "rank died or did not answer within train.collective_timeout="
+        f"{trainer.config.train.collective_timeout:g} minutes; its own output says why. The same command {survivor}"
+    )
 
 
 def _write_config(config: TrainRun, accelerator: Accelerator) -> None:

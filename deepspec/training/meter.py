@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,13 +19,21 @@ class StepCount:
 
     tokens: int = 0  # without padding
     anchors: int = 0  # blocks
+    slots: int = 0  # that carry loss
 
 
 class Meter:
     """Adds up steps until `read`, then starts again."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, flops: Callable[[int, int, int], float], peak: float | None):
+        """
+        Args:
+            flops: of a step over so many tokens, blocks and supervised slots.
+            peak: FLOP/s that all ranks together could reach; None = unknown.
+        """
         self.device = device
+        self.flops = flops
+        self.peak = peak
         self._restart()
 
     @contextmanager
@@ -37,6 +45,7 @@ class Meter:
         self.seconds += time.perf_counter() - began
         self.tokens += count.tokens
         self.anchors += count.anchors
+        self.slots += count.slots
         self.steps += 1
 
     @contextmanager
@@ -58,6 +67,7 @@ class Meter:
 
         The parts are seconds a step: `wait` for data and other ranks, `features` not hidden behind other work,
         `forward`, `backward` (with the exchange of gradients; with DeepSpeed also the optimizer), `optimizer`.
+        `model_flops_utilization` is there where the peak is known.
         """
         for name, start, end in self._events:
             end.synchronize()
@@ -70,11 +80,14 @@ class Meter:
             **{f"{name}_seconds": total / steps for name, total in self._parts.items()},
             "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
+        if self.peak:
+            rate = self.flops(self.tokens, self.anchors, self.slots) / seconds
+            figures["model_flops_utilization"] = rate / self.peak
         self._restart()
         return figures
 
     def _restart(self) -> None:
-        self.seconds, self.tokens, self.anchors, self.steps = 0.0, 0, 0, 0
+        self.seconds, self.tokens, self.anchors, self.slots, self.steps = 0.0, 0, 0, 0, 0
         self._parts = dict.fromkeys(PARTS, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 

@@ -12,6 +12,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from deepspec.training.meter import PARTS
+
 
 class ProgressReport(Protocol):
     """Told of every step; `metrics` are empty except where the step is logged."""
@@ -58,7 +60,8 @@ class Lines(Silence):
         if "lr" in metrics:
             per_step = (time.monotonic() - self.began) / max(1, done - self.start)
             left = timedelta(seconds=round(per_step * (self.steps - done)))
-            self.say(f"step {done}/{self.steps}  {_figures(loss, metrics)}  lr {metrics['lr']:.2e}  eta {left}")
+            figures = "  ".join([_figures(loss, metrics), *_cost(metrics)])
+            self.say(f"step {done}/{self.steps}  {figures}  lr {metrics['lr']:.2e}  eta {left}")
         if "eval/loss" in metrics:
             self.say(f"step {done}/{self.steps}  {_evaluation(metrics)}")
 
@@ -113,3 +116,16 @@ def _figures(loss: float, metrics: Mapping[str, float]) -> str:
     if "tokens_per_second" in metrics:
         parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
     return "  ".join(parts)
+
+
+def _cost(metrics: Mapping[str, float]) -> list[str]:
+    """Where the time of a step goes, memory and utilisation, as far as they are known."""
+    seconds = metrics.get("step_seconds")
+    if not seconds:
+        return []
+    shares = [f"{name} {metrics[f'{name}_seconds'] / seconds:.0%}" for name in PARTS]
+    parts = [f"{metrics['anchors_per_second']:,.0f} anchors/s", f"{seconds:.3g} s/step ({', '.join(shares)})"]
+    parts.append(f"{metrics['peak_memory_gib']:.2f} GiB")
+    if "model_flops_utilization" in metrics:
+        parts.append(f"MFU {metrics['model_flops_utilization']:.1%}")
+    return parts

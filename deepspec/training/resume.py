@@ -39,6 +39,7 @@ FREE_KEYS = {
     "train.keep_checkpoints",
     "train.eval_steps",
     "train.resume",
+    "train.collective_timeout",
 }
 FREE_GROUPS = ("logging.", "features.")
 

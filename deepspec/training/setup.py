@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         eval_set = None
         if config.data.eval_files:
             eval_set = _dataset(config, config.data.eval_files, tokenizer).first(config.data.eval_samples)
-    target = _load_target(config, accelerator.device)
+    target = _load_target(config, accelerator)
     draft_config.target_fingerprint = target.fingerprint
     if checkpoint is None:
         draft = build_draft(draft_config, target, seed=config.seed)
@@ -72,21 +73,45 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     )
 
 
-def _load_target(config: TrainRun, device: torch.device) -> Target:
-    """The target; where its features come from elsewhere, only its embedding, norm and head are read, on the CPU."""
+def _load_target(config: TrainRun, accelerator: Accelerator) -> Target:
+    """The target; where its features come from elsewhere, on the CPU, for what draft and source take from it."""
+    device = torch.device("cpu")
+    if config.features.source not in CONNECT:
+        device = target_device(config.features.target_device, accelerator)
     return load_target(
         config.target.path,
         revision=config.target.revision,
         dtype=getattr(torch, config.target.dtype),
-        device="cpu" if config.features.source in CONNECT else device,
+        device=device,
     )
 
 
 def _feature_source(config: TrainRun, target: Target, layer_ids: Sequence[int], device: torch.device) -> FeatureSource:
     connect = CONNECT.get(config.features.source)
     if connect is None:
-        return build_feature_source(config.features.source, target, layer_ids)
+        return build_feature_source(config.features.source, target, layer_ids, device)
     return connect(config.features, target, layer_ids, device=device, max_length=config.data.max_length)
+
+
+def target_device(name: str, accelerator: Accelerator) -> torch.device:
+    """Where the online target lives, see `features.target_device`.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    if name == "same":
+        return accelerator.device
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        device = torch.device(f"cuda:{accelerator.local_process_index + ranks_here}" if name == "own" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"features.target_device={name}: cannot be used by local rank {accelerator.local_process_index} "
+            f"({str(error).splitlines()[0]}); must be same, own (needs one more visible GPU per rank) or a device such "
+            "as cuda:1 or cpu"
+        ) from error
+    return device
 
 
 def draft_config_of(

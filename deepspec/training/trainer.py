@@ -6,7 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -27,8 +27,9 @@ from deepspec.training.batches import (
     training_steps,
 )
 from deepspec.training.devices import autocast
+from deepspec.training.flops import StepFlops, peak_flops
 from deepspec.training.interrupt import StopRequest
-from deepspec.training.meter import Meter
+from deepspec.training.meter import Meter, StepCount
 from deepspec.training.metrics import add_sums, summarize
 from deepspec.training.objective import DraftTrainingModule
 from deepspec.training.report import Reporter
@@ -53,7 +54,7 @@ class Trainer:
         self.split = batch_split(config.train, accelerator.num_processes, materials.train_set.lengths())
         self.features = FeatureQueue(materials.features, config.features.lookahead, accelerator.device)
         self.autocast = autocast(accelerator, config.train.mixed_precision)
-        self.meter = Meter(accelerator.device)
+        self.meter = self._build_meter()
         self.module = DraftTrainingModule(materials.draft, config.train.loss).to(accelerator.device)
         materials.draft.checkpoint_activations = config.train.activation_checkpointing
         if config.train.compile:
@@ -81,12 +82,20 @@ class Trainer:
 
     def run(self, stop: StopRequest, reporter: Reporter) -> bool:
         """Train and leave a checkpoint of the last step. Returns False when stopped before the end."""
+        with closing(self.features):
+            self._train(stop, reporter)
+        if self._saved_step != self.done:
+            self._save()
+        return self.done == self.steps
+
+    def _train(self, stop: StopRequest, reporter: Reporter) -> None:
+        """To the last step, or to the first of which any rank was told to stop."""
         steps = self._announced_steps()
         while self.done < self.steps:
             with self.meter.step() as step:
                 with self.meter.part("wait"):
                     batches = next(steps)
-                    weight_sum, step.tokens, step.anchors, stops = self._over_ranks(batches, stop.requested)
+                    weight_sum, stops = self._over_ranks(batches, stop.requested, step)
                 if stops:
                     break
                 row = self._step(batches, weight_sum)
@@ -97,10 +106,6 @@ class Trainer:
             reporter.step(self.done, self.loss, row)
             if self.done % self.config.train.save_steps == 0:
                 self._save()
-        self.features.close()
-        if self._saved_step != self.done:
-            self._save()
-        return self.done == self.steps
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -206,18 +211,21 @@ class Trainer:
             "output_dir"
         )
 
-    def _over_ranks(self, batches: Sequence[MicroBatch], stop_requested: bool) -> tuple[float, int, int, bool]:
-        """Weight sum, tokens and anchors of the global batch, and whether any rank was told to stop."""
+    def _over_ranks(self, batches: Sequence[MicroBatch], stop_requested: bool, count: StepCount) -> tuple[float, bool]:
+        """Weight sum of the global batch, and whether any rank was told to stop; fills in `count`."""
         totals = [
             sum(batch.weight_sum for batch in batches),
+            stop_requested,
             sum(batch.tokens.tokens for batch in batches),
             sum(batch.num_blocks for batch in batches),
-            stop_requested,
+            sum(batch.num_slots for batch in batches),
         ]
         if self.accelerator.num_processes > 1:
             tensor = torch.tensor(totals, dtype=torch.float64, device=self.accelerator.device)
             totals = self.accelerator.reduce(tensor, "sum").tolist()
-        return float(totals[0]), int(totals[1]), int(totals[2]), bool(totals[3])
+        weight_sum, stops, *counts = totals
+        count.tokens, count.anchors, count.slots = map(int, counts)
+        return float(weight_sum), bool(stops)
 
     def _note_empty_step(self, batches: Sequence[MicroBatch]) -> None:
         """A global batch without a single anchor changes nothing; a whole pass of them is an error."""
@@ -262,6 +270,16 @@ class Trainer:
             seed=self.config.seed,
             stream=stream,
         )
+
+    def _build_meter(self) -> Meter:
+        loss, draft = self.config.train.loss, self.materials.draft
+        flops = StepFlops(
+            draft,
+            self.materials.features.flops_per_token,
+            needs_target_logits=loss.tv > 0 or draft.confidence_head is not None,
+        )
+        peak = peak_flops(self.accelerator.device) if self.config.train.mixed_precision == "bf16" else None
+        return Meter(self.accelerator.device, flops, peak and peak * self.accelerator.num_processes)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         train = self.config.train

@@ -1,0 +1,300 @@
+"""Tokens/s and peak memory of a training step: ours packed, ours padded, and as papers write it down, interleaved.
+
+    python -m benchmarks.training [model=builtin|wide|qwen3_4b] [repeats=3] [steps=3]
+
+Every measurement runs in a fresh process on the same documents, whose lengths are long-tailed; those of one repeat
+follow one another, so a slow spell of the machine hits all of them, and ratios are taken within a repeat. A step is
+what train.py does: features of the resident target, forward, backward, AdamW. Memory is the peak while stepping above
+what one tiny step, which loads every library, had needed. `qwen3_4b` has random weights and needs a large GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from benchmarks.straightforward import PaddedFeatures, plain_kernels, with_every_slot
+from deepspec.arguments import run_command
+from deepspec.config import ConfigError, LossConfig
+from deepspec.data.packing import Sample
+from deepspec.data.sampler import BatchSplit
+from deepspec.drafts import build_draft, build_draft_config
+from deepspec.evaluation.environment import command_line, machine, versions
+from deepspec.features import OnlineFeatures
+from deepspec.files import write_atomically
+from deepspec.targets import Target, load_target
+from deepspec.training.batches import MicroBatch, MicroBatchMaker
+from deepspec.training.flops import StepFlops, peak_flops
+from deepspec.training.meter import PARTS, Meter, peak_memory
+from deepspec.training.objective import DraftTrainingModule
+
+PLAIN, PADDED, PACKED = "straightforward", "ours, padded", "ours, packed"
+TABLE_WIDTH = 125
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A target and the draft that is trained for it."""
+
+    target: dict[str, Any] | None  # of a random Qwen3; None = the built-in target
+    draft_layers: int
+    layer_ids: tuple[int, ...]
+    anchors: int
+    max_length: int
+    median_length: int
+    documents: int  # per step
+    padded_rows: int  # documents of a padded micro-batch
+    tokens_per_batch: int  # of a packed one
+    rank: int = 64
+
+
+SHAPES = {
+    "builtin": Shape(None, 2, (1, 3, 4), 64, 1024, 120, 16, 8, 1024),
+    "wide": Shape(
+        {
+            "vocab_size": 32_000,
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 32,
+        },
+        *(2, (1, 3, 5), 64, 1024, 120, 16, 8, 1024),
+    ),
+    "qwen3_4b": Shape(
+        {
+            "vocab_size": 151_936,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
+        *(5, (1, 9, 17, 25, 33), 512, 4096, 600, 16, 2, 8192, 256),
+    ),
+}
+
+
+@dataclass
+class TrainingOptions:
+    """Compare training steps; one row a way."""
+
+    model: str = "builtin"  # builtin, wide or qwen3_4b
+    repeats: int = 3  # processes per way
+    steps: int = 3  # counted, after one more
+    plain: bool = True  # also the straightforward step
+    seed: int = 0
+    output: str = "outputs/benchmarks/training.json"
+    measure: str = ""  # set by the benchmark for its own processes
+
+
+def documents(shape: Shape, vocabulary: int, seed: int, step: int) -> list[Sample]:
+    """Long-tailed lengths (log-normal, sigma 1); the first quarter of each is the prompt."""
+    rng = np.random.default_rng((seed, step))
+    lengths = np.clip(rng.lognormal(np.log(shape.median_length), 1.0, shape.documents), 16, shape.max_length).astype(
+        int
+    )
+    return [
+        Sample(index, step, str(index), rng.integers(0, vocabulary, n).tolist(), [0] * (n // 4) + [1] * (n - n // 4))
+        for index, n in enumerate(lengths.tolist())
+    ]
+
+
+def micro_batches(way: str, shape: Shape, samples: list[Sample], block_size: int) -> list[MicroBatch]:
+    lengths = np.array([len(sample.input_ids) for sample in samples])
+    budget = shape.tokens_per_batch if way == PACKED else None
+    split = BatchSplit(len(samples), 1, min(shape.padded_rows, len(samples)), budget, lengths)
+    make = MicroBatchMaker(0, way == PACKED, shape.anchors, block_size, decay=4.0, seed=0)
+    groups = split([(sample.index, 0) for sample in samples])[0]
+    batches = [make([samples[index] for index, _ in group]) for group in groups]
+    return [with_every_slot(batch, block_size) for batch in batches] if way == PLAIN else batches
+
+
+def build(shape: Shape, device: torch.device) -> tuple[Target, DraftTrainingModule]:
+    """The target in bfloat16 and the draft in float32 on a GPU; both in float32 on a CPU."""
+    if shape.target is None:
+        target = load_target("builtin", device=device)
+    else:
+        torch.manual_seed(0)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        with device:
+            model = AutoModelForCausalLM.from_config(Qwen3Config(**shape.target, tie_word_embeddings=True), dtype=dtype)
+        target = Target(model, "random")
+    config = build_draft_config(
+        target.config,
+        algorithm="dspark",
+        num_layers=shape.draft_layers,
+        block_size=7,
+        target_layer_ids=shape.layer_ids,
+        mask_token_id=target.vocab_size - 1,
+        markov_rank=shape.rank,
+        markov_head_type="vanilla",
+        confidence_head=True,
+        confidence_head_with_markov=True,
+        num_anchors=shape.anchors,
+    )
+    draft = build_draft(config, target, seed=0)
+    return target, DraftTrainingModule(draft.train(), LossConfig()).to(device)
+
+
+def measure(way: str, options: TrainingOptions) -> dict[str, float]:
+    """This process's tokens/s, peak memory in bytes and loss."""
+    shape = SHAPES[options.model]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target, module = build(shape, device)
+    block_size = module.draft.block_size
+    features = (PaddedFeatures if way == PLAIN else OnlineFeatures)(target, shape.layer_ids)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    steps = [
+        micro_batches(way, shape, documents(shape, target.vocab_size - 1, options.seed, step), block_size)
+        for step in range(options.steps + 1)
+    ]
+    flops = StepFlops(module.draft, OnlineFeatures(target, shape.layer_ids).flops_per_token, needs_target_logits=True)
+    meter = Meter(device, flops, peak_flops(device))
+    tiny = [Sample(0, 0, "tiny", list(range(16)), [0] * 8 + [1] * 8)]
+    losses = []
+    with plain_kernels() if way == PLAIN else nullcontext():
+        train_step(module, optimizer, features, micro_batches(way, shape, tiny, block_size), meter)
+        before = held_memory(device)
+        for number, batches in enumerate(steps):
+            if number == 1:
+                meter.read()  # what compiles or fills caches is not counted
+            with meter.step() as count:
+                losses.append(train_step(module, optimizer, features, batches, meter))
+                count.tokens = sum(batch.tokens.tokens for batch in batches)
+                count.anchors = sum(batch.num_blocks for batch in batches)
+                count.slots = sum(int((batch.blocks["weights"] > 0).sum()) for batch in batches)
+    figures = meter.read()
+    return figures | {"memory": peak_memory(device) - before, "loss": statistics.fmean(losses)}
+
+
+def held_memory(device: torch.device) -> int:
+    """Bytes; what an earlier peak left behind in the process counts, so that only a new peak is seen."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    return peak_memory(device)
+
+
+def train_step(
+    module: DraftTrainingModule,
+    optimizer: torch.optim.Optimizer,
+    source: OnlineFeatures | PaddedFeatures,
+    batches: list[MicroBatch],
+    meter: Meter,
+) -> float:
+    """As `Trainer` steps, without accelerate."""
+    device = next(module.parameters()).device
+    weight_sum = sum(batch.weight_sum for batch in batches)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    loss = torch.zeros((), device=device)
+    for batch in batches:
+        with meter.part("features"):
+            features = source.batch_features(batch.tokens)
+        with meter.part("forward"), autocast:
+            sums = module(
+                **batch.to(device),
+                context_features=features.context,
+                final_features=features.final,
+                with_metrics=False,
+            )
+        with meter.part("backward"):
+            (sums["loss"] / weight_sum).backward()
+        loss += sums["loss"].detach() / weight_sum
+    with meter.part("optimizer"):
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(loss)
+
+
+def in_fresh_process(way: str, options: TrainingOptions) -> dict[str, float]:
+    """`measure` in a process of its own."""
+    words = [f"{entry.name}={getattr(options, entry.name)}" for entry in fields(options) if entry.name != "measure"]
+    command = [sys.executable, "-m", "benchmarks.training", *words, f"measure={way}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"measuring '{way}' failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def compare(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Figures of every way, and ratios to the first one run by run."""
+    results: dict[str, dict[str, Any]] = {}
+    base = next(iter(runs.values()))
+    for way, measured in runs.items():
+        pairs = list(zip(measured, base, strict=True))
+        names = ("tokens_per_second", "memory", "loss")
+        results[way] = {name: summary([run[name] for run in measured]) for name in names}
+        results[way]["speed_ratio"] = summary([a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs])
+        results[way]["memory_ratio"] = summary([a["memory"] / b["memory"] for a, b in pairs])
+        for name in measured[0].keys() - {"tokens_per_second", "memory", "loss"}:
+            results[way][name] = statistics.median(run[name] for run in measured)
+    return results
+
+
+def table_of(results: dict[str, dict[str, Any]]) -> Table:
+    table = Table()
+    for column in ("step", "tokens/s", "ratio", "memory, MiB", "ratio", "features / forward / backward / optimizer"):
+        table.add_column(column, no_wrap=True)
+    for way, result in results.items():
+        parts = [result[f"{part}_seconds"] / result["step_seconds"] for part in PARTS if part != "wait"]
+        table.add_row(
+            way,
+            spread(result["tokens_per_second"], 0),
+            spread(result["speed_ratio"], 2),
+            f"{result['memory']['median'] / 2**20:,.0f}",
+            spread(result["memory_ratio"], 2),
+            " / ".join(f"{part:.0%}" for part in parts),
+        )
+    return table
+
+
+def spread(values: dict[str, float], digits: int) -> str:
+    """`median (min to max)`"""
+    return "{median:,.{d}f} ({min:,.{d}f} to {max:,.{d}f})".format(**values, d=digits)
+
+
+def main(options: TrainingOptions) -> None:
+    if options.model not in SHAPES:
+        raise ConfigError(f"model={options.model}: must be one of {', '.join(SHAPES)}")
+    if options.measure:
+        print(json.dumps(measure(options.measure, options)))
+        return
+    ways = [PLAIN, PADDED, PACKED] if options.plain else [PADDED, PACKED]
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
+    for _ in range(options.repeats):
+        for way in ways:
+            runs[way].append(in_fresh_process(way, options))
+    results = compare(runs)
+    Console(width=max(Console().width, TABLE_WIDTH)).print(table_of(results))
+    record = {
+        "results": results,
+        "settings": asdict(options) | {"shape": asdict(SHAPES[options.model])},
+        "machine": machine(),
+        "versions": versions(),
+        "command": command_line(),
+    }
+    write_atomically(options.output, json.dumps(record, indent=2) + "\n")
+    print(f"written to {options.output}")
+
+
+if __name__ == "__main__":
+    run_command(main, TrainingOptions)
