@@ -85,7 +85,7 @@ class TrainConfig:
     epochs: float = 10.0  # passes over the data; ignored when steps is set
     steps: int | None = None  # optimizer steps
     global_batch_size: int = 512  # samples per optimizer step, over all ranks and accumulation steps
-    micro_batch_size: int = 1  # samples per forward pass on one rank, each padded to the longest
+    micro_batch_size: int | None = None  # samples per forward pass on one rank, padded to the longest; null = 1
     tokens_per_batch: int | None = None  # instead: samples packed into one row of at most this many tokens
     compile: bool = False  # torch.compile the draft's layers
     activation_checkpointing: bool = False  # compute a draft layer's activations again in the backward pass
@@ -269,12 +269,17 @@ def _validate_training(config: TrainRun) -> None:
     _validate_features(config.features)
     if train.steps is None and train.epochs <= 0:
         raise ConfigError(f"train.epochs={train.epochs}: must be above 0 when train.steps is not set")
+    if train.tokens_per_batch is not None and train.micro_batch_size is not None:
+        raise ConfigError(
+            f"train.micro_batch_size={train.micro_batch_size} and train.tokens_per_batch={train.tokens_per_batch}: "
+            "padded and packed batches exclude each other; set one of them to null"
+        )
     if train.tokens_per_batch is not None and train.tokens_per_batch < config.data.max_length:
         raise ConfigError(
             f"train.tokens_per_batch={train.tokens_per_batch}: must be at least data.max_length="
             f"{config.data.max_length}, so that the longest sample fits"
         )
-    if train.tokens_per_batch is None and train.global_batch_size % train.micro_batch_size:
+    if train.global_batch_size % (train.micro_batch_size or 1):
         raise ConfigError(
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of "
             f"train.micro_batch_size={train.micro_batch_size} (times the number of ranks)"

@@ -57,7 +57,7 @@ def test_flatten_and_leaf_types_agree():
         ("draft.algorithm=dsprak", "must be one of dspark, dflash. Did you mean 'dspark'?"),
         ("draft.algorithm=dflash", "has no heads, but draft.markov_rank=64"),
         ("data.train_files=[]", "name at least one JSONL file"),
-        ("train.micro_batch_size=3", "must be a multiple of train.micro_batch_size=3"),
+        ("train.micro_batch_size=3", "train.tokens_per_batch=2048: padded and packed batches exclude each other"),
         ("train.loss={ce: 0.0, tv: 0.0}", "nothing would train the draft"),
     ],
 )

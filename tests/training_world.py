@@ -62,7 +62,7 @@ def tiny_run(world: Path, output_dir: Path | str, *, draft: dict | None = None, 
     defaults: dict[str, Any] = {
         "steps": 6,
         "global_batch_size": 4,
-        "micro_batch_size": 2,
+        "micro_batch_size": None if train.get("tokens_per_batch") else 2,
         "num_anchors": 6,
         "lr": 3e-3,
         "warmup_ratio": 0.34,

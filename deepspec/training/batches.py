@@ -72,7 +72,7 @@ class MicroBatchMaker:
 
 def batch_split(train: TrainConfig, world_size: int, lengths: np.ndarray | None = None) -> BatchSplit:
     """How `train` wants a step split. Raises ConfigError when the global batch does not divide evenly."""
-    return BatchSplit(train.global_batch_size, world_size, train.micro_batch_size, train.tokens_per_batch, lengths)
+    return BatchSplit(train.global_batch_size, world_size, train.micro_batch_size or 1, train.tokens_per_batch, lengths)
 
 
 def anchor_seed(seed: int, stream: int, epoch: int, index: int) -> int:

@@ -77,7 +77,7 @@ def _deepspeed_plugin(train: TrainConfig) -> DeepSpeedPlugin:
         )
     plugin.deepspeed_config["gradient_accumulation_steps"] = 1
     plugin.deepspeed_config["gradient_clipping"] = train.grad_clip
-    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = train.micro_batch_size
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # not used
     return plugin
 
 
