@@ -27,7 +27,7 @@ CHUNK = 1 << 20  # bytes read from the socket at once
 BUSY = (502, 503, 504)
 
 
-class FeatureServerError(RuntimeError):
+class FeatureServerError(ConnectionError):
     """No server gave the features: training cannot go on, and goes on later from its newest checkpoint."""
 
 
