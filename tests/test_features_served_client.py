@@ -13,9 +13,10 @@ from itertools import pairwise
 import pytest
 import torch
 from feature_servers import Gate, free_port, packed, padded, prepare_processes, serving, start_process
+from training_world import changed, tiny_run
 from transformers import AutoModelForCausalLM
 
-from deepspec.config import ConfigError, FeaturesConfig
+from deepspec.config import ConfigError, FeaturesConfig, validate
 from deepspec.data.packing import anchor_candidates
 from deepspec.features import FeatureQueue, OnlineFeatures
 from deepspec.features.replicas import FeatureServerError, Replicas
@@ -365,3 +366,21 @@ def test_one_of_two_replicas_is_killed(target, training_world, server, connect):
     for _ in range(3):
         again = source.batch_features(batch)
         torch.testing.assert_close(again.context, first.context, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"source": "served"}, r"features.urls=\[\]: features.source=served needs at least one"),
+        ({"source": "vllm"}, r"features.urls=\[\]: features.source=vllm needs at least one"),
+        ({"urls": ["http://a:1"]}, "only features.source=served or vllm asks servers"),
+        ({"source": "served", "urls": ["a:1"]}, "features.urls: a:1: must begin with http://"),
+        ({"source": "vllm", "urls": ["http://a:1"], "dtype": "bfloat16"}, "features.dtype=bfloat16: only"),
+        ({"source": "served", "urls": ["http://a:1"], "dtype": "int8"}, "features.dtype=int8: must be one of float32"),
+        ({"source": "served", "urls": ["http://a:1"], "timeout": 0.0}, "features.timeout=0.0: must be at least 0.01"),
+        ({"source": "servd"}, "Did you mean 'served'"),
+    ],
+)
+def test_configurations_that_cannot_work(training_world, tmp_path, features, message):
+    with pytest.raises(ConfigError, match=message):
+        validate(changed(tiny_run(training_world, tmp_path), features=features))

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from deepspec.data.packing import Document, TokenBatch
 from deepspec.features.wire import FeatureAnswer, FeatureRequest
@@ -175,8 +176,8 @@ class FeatureEngine:
             context = features.context[0, start : start + request.tokens]
             answers.append(
                 FeatureAnswer(
-                    context=context.to(request.dtype).cpu(),
-                    final=features.final[0, places].to(request.dtype).cpu(),
+                    context=_to_host(context.to(request.dtype)),
+                    final=_to_host(features.final[0, places].to(request.dtype)),
                     fingerprint=self.target.fingerprint,
                     request_id=request.id,
                 )
@@ -186,6 +187,13 @@ class FeatureEngine:
         self.counts.tokens += start
         self.counts.forward_passes += 1
         return answers
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """From a GPU through pinned memory, which PyTorch keeps for the next answer: several times as fast as without."""
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def row_of_documents(requests: Sequence[FeatureRequest]) -> TokenBatch:
