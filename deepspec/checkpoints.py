@@ -1,7 +1,7 @@
 """Checkpoints of a training run: written whole or not at all, verified before they are trusted.
 
     RUN/checkpoints/step-00000100/draft/              the draft, as `save_pretrained` writes it (weights in safetensors)
-                                  state/              optimizer and random states, as accelerate writes them
+                                  state/              the optimizer's state, in safetensors
                                   trainer_state.json  written last: step, settings, size and SHA-256 of every other file
 
 A checkpoint is written in a hidden folder beside its final place, flushed to disk, and renamed.

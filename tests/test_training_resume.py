@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
@@ -9,18 +10,21 @@ import shutil
 import signal
 import time
 
+import numpy as np
 import pytest
-from training_world import changed, draft_weights, tiny_run, train_in_child
+import torch
+from safetensors.torch import load_file, save_file
+from training_world import changed, draft_weights, is_timing, tiny_run, train_in_child
 
-from deepspec.checkpoints import checkpoint_folder, list_checkpoints, newest_checkpoint
+from deepspec.checkpoints import CheckpointError, checkpoint_folder, list_checkpoints, newest_checkpoint
 from deepspec.config import ConfigError
+from deepspec.files import sha256_of
 from deepspec.training import train
 from deepspec.training.interrupt import StopRequest
 from deepspec.training.log import read_metrics
 from deepspec.training.report import Reporter
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
-TIMINGS = {"tokens_per_second", "step_seconds", "peak_memory_gib"}
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +49,18 @@ def copy_of(result, tmp_path):
 
 
 def without_timings(folder):
-    return [{name: row[name] for name in row.keys() - TIMINGS} for row in read_metrics(folder)]
+    return [{name: row[name] for name in row if not is_timing(name)} for row in read_metrics(folder)]
+
+
+def optimizer_state(checkpoint):
+    return (checkpoint / "state" / "optimizer.safetensors").read_bytes()
 
 
 def assert_same_end(result, uninterrupted):
     ours, theirs = result.checkpoint, uninterrupted.checkpoint
     assert result.step == uninterrupted.step
     assert draft_weights(ours) == draft_weights(theirs)
-    assert (ours / "state" / "optimizer.bin").read_bytes() == (theirs / "state" / "optimizer.bin").read_bytes()
+    assert optimizer_state(ours) == optimizer_state(theirs)
     assert without_timings(ours.parents[1]) == without_timings(theirs.parents[1])
 
 
@@ -95,6 +103,51 @@ def test_continues_with_another_split_and_other_free_settings(training_world, un
     assert [folder.name for folder in list_checkpoints(run)] == ["step-00000006"]
 
 
+def test_another_split_is_announced(training_world, uninterrupted, tmp_path, caplog):
+    run = copy_of(uninterrupted, tmp_path)
+    train(tiny_run(training_world, run, micro_batch_size=1))
+    before = "one process on 1 rank with train.micro_batch_size=2"
+    assert f"{checkpoint_folder(run, 4)} was written by {before}, and this is one process on 1 rank" in caplog.text
+    assert "every step keeps its samples and anchors, but gradients are summed in another order" in caplog.text
+
+
+def test_no_random_state_to_save(training_world, uninterrupted, tmp_path, monkeypatch):
+    """Checkpoints hold none because training draws nothing from the global generators: their state changes no byte."""
+    step = Reporter.step
+
+    def disturb(self, done, loss, row):
+        step(self, done, loss, row)
+        torch.manual_seed(done)
+        random.seed(done)
+        np.random.seed(done)
+
+    torch.manual_seed(17)
+    monkeypatch.setattr(Reporter, "step", disturb)
+    assert_same_end(train(tiny_run(training_world, tmp_path / "run")), uninterrupted)
+
+
+def test_checkpoint_with_another_optimizer_state(training_world, uninterrupted, tmp_path):
+    """A file that was written before state/ had this form, or of other parameters, is refused by name."""
+    run = copy_of(uninterrupted, tmp_path)
+    file = checkpoint_folder(run, 4) / "state" / "optimizer.safetensors"
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    del tensors[name]
+    save_file(tensors, file, {"updates": "4"})
+    record_again(checkpoint_folder(run, 4), file)
+    with pytest.raises(CheckpointError, match=rf"{file}: not the optimizer state of this draft \(.*{name}"):
+        train(tiny_run(training_world, run))
+
+
+def record_again(checkpoint, file):
+    """As if `file` had been written like this."""
+    state_file = checkpoint / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    entry = {"size": file.stat().st_size, "sha256": sha256_of(file)}
+    state["files"][file.relative_to(checkpoint).as_posix()] = entry
+    state_file.write_text(json.dumps(state))
+
+
 def test_explicit_checkpoint(training_world, uninterrupted, tmp_path):
     run = copy_of(uninterrupted, tmp_path)
     named = str(checkpoint_folder(run, 4))
@@ -120,7 +173,7 @@ def test_damaged_newest_falls_back_and_ends_the_same(training_world, uninterrupt
 
 def test_no_valid_checkpoint_starts_from_scratch(training_world, uninterrupted, tmp_path, caplog, capsys):
     run = copy_of(uninterrupted, tmp_path)
-    (checkpoint_folder(run, 4) / "state" / "optimizer.bin").unlink()
+    (checkpoint_folder(run, 4) / "state" / "optimizer.safetensors").unlink()
     result = train(tiny_run(training_world, run))
     assert f"no checkpoint in {run} is valid: training starts from scratch" in caplog.text
     assert "starting from scratch: 6 of 6 steps" in capsys.readouterr().out

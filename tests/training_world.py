@@ -16,6 +16,11 @@ from deepspec.config import DataConfig, DraftConfig, LoggingConfig, TargetConfig
 from deepspec.data.tokenizer import train_tokenizer
 
 
+def is_timing(metric: str) -> bool:
+    """Whether it tells of the machine and not of the run."""
+    return metric.endswith(("_seconds", "_per_second", "_gib", "_utilization"))
+
+
 def build_world(root: Path) -> Path:
     """Writes target/, train.jsonl (20 rows) and eval.jsonl (4 rows)."""
     rows = [

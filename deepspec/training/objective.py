@@ -96,6 +96,7 @@ class DraftTrainingModule(nn.Module):
         super().__init__()
         self.draft = draft
         self.loss = loss
+        self.config = draft.config  # accelerate sizes DeepSpeed's buffers by its hidden_size
 
     def forward(
         self,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from deepspec.checkpoints import (
 )
 from deepspec.config import ConfigError, TrainRun, flatten
 from deepspec.files import sha256_of
-from deepspec.training.devices import is_deepspeed
+from deepspec.training.devices import launcher_name
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def find_start(config: TrainRun, accelerator: Accelerator) -> Start:
     """What `train.resume` and the run folder ask for. Rank 0 decides, the others follow.
 
     Raises:
-        ConfigError: the run folder belongs to a run with other settings, data or launcher.
+        ConfigError: the run folder belongs to a run with other settings or data.
         CheckpointError: a checkpoint named by `train.resume` is damaged.
     """
     decision: list[Any] = [_decide(config, accelerator) if accelerator.is_main_process else None]
@@ -84,7 +84,7 @@ def _decide(config: TrainRun, accelerator: Accelerator) -> Start:
         checkpoint = _named_checkpoint(config.train.resume)
     state = read_trainer_state(checkpoint)
     _check_same_run(config, state, checkpoint)
-    _check_same_launcher(accelerator, state, checkpoint)
+    _note_other_layout(config, accelerator, state, checkpoint)
     return Start(checkpoint, state["step"], finished=state["step"] >= state["steps"])
 
 
@@ -137,14 +137,20 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _check_same_launcher(accelerator: Accelerator, state: dict[str, Any], checkpoint: Path) -> None:
-    """Weights and optimizer of one process and DDP are alike; DeepSpeed's are cut into one part per rank."""
-    was, now = state["distributed_type"], accelerator.distributed_type.value
-    if "DEEPSPEED" not in (was, now):
-        return
-    if was != now or (is_deepspeed(accelerator) and state["world_size"] != accelerator.num_processes):
-        raise ConfigError(
-            f"{checkpoint} was written by {was} on {state['world_size']} ranks, and this is {now} on "
-            f"{accelerator.num_processes}: DeepSpeed's optimizer state fits only the same launch; use the same "
-            "accelerate config, or start a new run with train.resume=never output_dir=..."
+def _note_other_layout(config: TrainRun, accelerator: Accelerator, state: dict[str, Any], checkpoint: Path) -> None:
+    """Say what is no longer exact when the work of a step is split differently than before."""
+    before = _layout(state["launcher"], state["world_size"], state["config"]["train"])
+    now = _layout(launcher_name(accelerator), accelerator.num_processes, asdict(config.train))
+    if before != now:
+        logger.warning(
+            "%s was written by %s, and this is %s: every step keeps its samples and anchors, but gradients are summed "
+            "in another order, so weights will differ by rounding (about 1e-6) from those of an uninterrupted run",
+            checkpoint,
+            before,
+            now,
         )
+
+
+def _layout(launcher: str, ranks: int, train: dict[str, Any]) -> str:
+    key = "tokens_per_batch" if train["tokens_per_batch"] else "micro_batch_size"
+    return f"{launcher} on {ranks} rank{'s' if ranks > 1 else ''} with train.{key}={train[key]}"

@@ -1,4 +1,9 @@
-"""Save and restore the trained state: the draft as the one copy of the weights, the rest as accelerate writes it."""
+"""Save and restore the trained state: one kind of checkpoint for every launcher and any number of ranks.
+
+The draft's folder is the one copy of the weights, in float32; state/optimizer.safetensors is what AdamW knows. No
+random state is saved because training uses none: the order of the data and the anchors are pure functions of (seed,
+step), and the draft has no dropout.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +15,32 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from deepspec.checkpoints import DRAFT, STATE, rotate, write_checkpoint
 from deepspec.config import TrainRun
 from deepspec.drafts import DSparkModel
-from deepspec.training.devices import is_deepspeed
+from deepspec.training.devices import launcher_name
+from deepspec.training.optimizer_state import load_optimizer_state, save_optimizer_state
 from deepspec.training.resume import digest_of, run_identity
+
+OPTIMIZER = "optimizer.safetensors"
 
 
 class TrainerState:
-    """Writes checkpoints of one run and restores what is not in the draft's own folder."""
+    """Writes checkpoints of one run and restores what is not in the draft's own folder.
 
-    def __init__(self, config: TrainRun, accelerator: Accelerator, draft: DSparkModel, steps: int):
+    Args:
+        draft: as `Accelerator.prepare` left it.
+        optimizer: what `Accelerator.prepare` returned.
+        steps: of the whole run.
+    """
+
+    def __init__(self, config: TrainRun, accelerator: Accelerator, draft: DSparkModel, optimizer: Any, steps: int):
         self.config = config
         self.accelerator = accelerator
         self.draft = draft
+        self.optimizer = optimizer
         identity = run_identity(config) if accelerator.is_main_process else {}
         self.description: dict[str, Any] = {
             "steps": steps,
@@ -32,11 +48,9 @@ class TrainerState:
             "config_digest": digest_of(identity),
             "config": asdict(config),
             "world_size": accelerator.num_processes,
-            "distributed_type": accelerator.distributed_type.value,
+            "launcher": launcher_name(accelerator),
             "versions": _versions(),
         }
-        accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
-        accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
     def save(self, step: int) -> Path:
         """Write the checkpoint of `step` and drop the oldest. Every rank calls this. Raises CheckpointError."""
@@ -53,16 +67,34 @@ class TrainerState:
         return folder
 
     def restore(self, checkpoint: Path) -> None:
-        """Optimizer and random states; the draft itself was built from the checkpoint's draft folder."""
-        options = {"load_module_strict": False} if is_deepspeed(self.accelerator) else {}
-        self.accelerator.load_state(str(checkpoint / STATE), **options)
-        self.accelerator.step = 0  # micro-steps of an earlier launch may not fit this one's accumulation
+        """The optimizer's state; the draft was built from the checkpoint's draft folder. Raises CheckpointError."""
+        parameters = dict(self.draft.trainable_parameters())
+        load_optimizer_state(checkpoint / STATE / OPTIMIZER, parameters, self.optimizer, self.accelerator)
 
     def _write(self, folder: Path) -> None:
-        options = {"exclude_frozen_parameters": True} if is_deepspeed(self.accelerator) else {}
-        self.accelerator.save_state(str(folder / STATE), **options)
-        if self.accelerator.is_main_process:
-            self.draft.save_pretrained(folder / DRAFT)
+        is_main = self.accelerator.is_main_process
+        weights = _whole_weights(self.draft, is_main=is_main)
+        if is_main:
+            self.draft.save_pretrained(folder / DRAFT, state_dict=weights)
+        del weights
+        parameters = dict(self.draft.trainable_parameters())
+        save_optimizer_state(folder / STATE / OPTIMIZER, parameters, self.optimizer, self.accelerator)
+
+
+def _whole_weights(draft: DSparkModel, *, is_main: bool) -> dict[str, Tensor]:
+    """The draft's state dict; what ZeRO-3 has cut is gathered tensor by tensor and kept in the main rank's host memory.
+
+    Every rank calls this; the dict is complete on the main rank.
+    """
+    weights = draft.state_dict()
+    for name, parameter in draft.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            whole = safe_get_full_fp32_param(parameter)
+            if is_main:
+                weights[name] = whole.cpu()
+    return weights
 
 
 def _versions() -> dict[str, str]:

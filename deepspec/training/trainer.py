@@ -26,12 +26,14 @@ from deepspec.training.batches import (
     evaluation_batches,
     training_steps,
 )
-from deepspec.training.devices import autocast
+from deepspec.training.devices import cast_inside, launcher_name
 from deepspec.training.flops import StepFlops, peak_flops
+from deepspec.training.frozen import hold_target_weights_as_buffers
 from deepspec.training.interrupt import StopRequest
 from deepspec.training.meter import Meter, StepCount
 from deepspec.training.metrics import add_sums, summarize
 from deepspec.training.objective import DraftTrainingModule
+from deepspec.training.optimizer_state import whole_shape
 from deepspec.training.report import Reporter
 from deepspec.training.resume import Start
 from deepspec.training.schedule import learning_rate, total_steps
@@ -53,15 +55,16 @@ class Trainer:
         self.steps = total_steps(config.train, len(materials.train_set))
         self.split = batch_split(config.train, accelerator.num_processes, materials.train_set.lengths())
         self.features = FeatureQueue(materials.features, config.features.lookahead, accelerator.device)
-        self.autocast = autocast(accelerator, config.train.mixed_precision)
         self.meter = self._build_meter()
-        self.module = DraftTrainingModule(materials.draft, config.train.loss).to(accelerator.device)
         materials.draft.checkpoint_activations = config.train.activation_checkpointing
         if config.train.compile:
             materials.draft.compile_layers()
+        hold_target_weights_as_buffers(materials.draft)
+        self.module = DraftTrainingModule(materials.draft, config.train.loss).to(accelerator.device)
+        cast_inside(self.module, accelerator, config.train.mixed_precision)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.model, self.optimizer = accelerator.prepare(self.module, self._build_optimizer())
-        self.state = TrainerState(config, accelerator, materials.draft, self.steps)
+        self.state = TrainerState(config, accelerator, materials.draft, self.optimizer, self.steps)
         if start.checkpoint is not None:
             self.state.restore(start.checkpoint)
         self.done = start.step
@@ -72,12 +75,12 @@ class Trainer:
 
     def description(self) -> str:
         """What this session is going to do, in a line."""
-        trained = sum(parameter.numel() for parameter in self.parameters) / 1e6
+        trained = sum(whole_shape(parameter).numel() for parameter in self.parameters) / 1e6
         origin = f"continuing from {self.checkpoint}" if self.checkpoint else "starting from scratch"
         return (
             f"{origin}: {self.steps - self.done} of {self.steps} steps, {len(self.materials.train_set)} samples, "
             f"{trained:.2f} M trained parameters, {self.accelerator.num_processes} x {self.accelerator.device.type} "
-            f"({self.accelerator.distributed_type.value})"
+            f"({launcher_name(self.accelerator)})"
         )
 
     def run(self, stop: StopRequest, reporter: Reporter) -> bool:
@@ -167,13 +170,12 @@ class Trainer:
     def _forward(
         self, model: torch.nn.Module, batch: MicroBatch, features: TargetFeatures, *, with_metrics: bool
     ) -> Sums:
-        with self.autocast:
-            return model(
-                **batch.to(self.accelerator.device),
-                context_features=features.context,
-                final_features=features.final,
-                with_metrics=with_metrics,
-            )
+        return model(
+            **batch.to(self.accelerator.device),
+            context_features=features.context,
+            final_features=features.final,
+            with_metrics=with_metrics,
+        )
 
     def _apply_gradients(self) -> float:
         limit = self.config.train.grad_clip or math.inf
