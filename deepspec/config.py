@@ -63,9 +63,13 @@ class DataConfig:
 
 @dataclass
 class FeaturesConfig:
-    source: str = "online"  # online: the target is resident and computes features for each batch
+    source: str = "online"  # online: the target is resident; served: deepspec.features.serve elsewhere; vllm: vLLM
     target_device: str = "same"  # online target: same GPU as the draft, own (behind the ranks' GPUs), or a device
     lookahead: int = 0  # micro-batches whose features are computed early, beside the training step; 0 = none
+    urls: list[str] = field(default_factory=list)  # served, vllm: the servers, as http://host:port
+    timeout: float = 60.0  # served, vllm: seconds for one request
+    retry_for: float = 300.0  # served, vllm: seconds that a request is tried again before training stops
+    dtype: str | None = None  # served: of the features on their way; null = target.dtype
 
 
 @dataclass
@@ -165,7 +169,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "target.dtype": ("float32", "bfloat16", "float16"),
     "draft.algorithm": ("dspark", "dflash"),
     "draft.markov_head_type": ("vanilla", "gated", "rnn"),
-    "features.source": ("online",),
+    "features.source": ("online", "served", "vllm"),
+    "features.dtype": ("float32", "bfloat16", "float16"),
     "train.mixed_precision": ("no", "bf16"),
     "decode.verification": ("token", "block"),
     "logging.wandb.mode": ("disabled", "offline", "online"),
@@ -182,6 +187,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "data.min_supervised_tokens": (0, None),
     "data.num_workers": (0, None),
     "features.lookahead": (0, 64),
+    "features.timeout": (0.01, None),
+    "features.retry_for": (0, None),
     "train.epochs": (0, None),
     "train.steps": (1, None),
     "train.global_batch_size": (1, None),
@@ -234,7 +241,7 @@ def validate(config: TrainRun | EvalRun) -> None:
     """
     leaves = flatten(config)
     for key, value in leaves.items():
-        if key in CHOICES and value not in CHOICES[key]:
+        if key in CHOICES and value is not None and value not in CHOICES[key]:
             allowed = ", ".join(CHOICES[key])
             raise ConfigError(f"{key}={value}: must be one of {allowed}.{near_match(str(value), CHOICES[key])}")
         if key in RANGES:
@@ -259,6 +266,7 @@ def _validate_training(config: TrainRun) -> None:
     train, draft = config.train, config.draft
     if not config.data.train_files:
         raise ConfigError("data.train_files=[]: name at least one JSONL file of conversations")
+    _validate_features(config.features)
     if train.steps is None and train.epochs <= 0:
         raise ConfigError(f"train.epochs={train.epochs}: must be above 0 when train.steps is not set")
     if train.tokens_per_batch is not None and train.micro_batch_size is not None:
@@ -283,3 +291,16 @@ def _validate_training(config: TrainRun) -> None:
             f"draft.algorithm=dflash has no heads, but draft.markov_rank={draft.markov_rank} and "
             f"draft.confidence_head={draft.confidence_head}; choose the group with draft=dflash, or set 0 and false"
         )
+
+
+def _validate_features(features: FeaturesConfig) -> None:
+    remote = features.source in ("served", "vllm")
+    if remote and not features.urls:
+        raise ConfigError(f"features.urls=[]: features.source={features.source} needs at least one http://host:port")
+    if features.urls and not remote:
+        raise ConfigError(f"features.urls={features.urls}: only features.source=served or vllm asks servers")
+    for url in features.urls:
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"features.urls: {url}: must begin with http:// or https://")
+    if features.dtype is not None and features.source != "served":
+        raise ConfigError(f"features.dtype={features.dtype}: only features.source=served sends features")

@@ -17,6 +17,9 @@ CPU = torch.device("cpu")
 class Numbered:
     """Features that hold the batch's first token; the batch that starts with `broken` fails."""
 
+    concurrency = 1
+    closed = False
+
     def __init__(self, broken: int | None = None):
         self.broken = broken
         self.asked: list[int] = []
@@ -29,6 +32,9 @@ class Numbered:
         if number == self.broken:
             raise OSError(f"batch {number} is lost")
         return TargetFeatures(torch.full((1, 1, 1), float(number)), torch.zeros(1, 1, 1))
+
+    def close(self):
+        self.closed = True
 
 
 def batches(count):
@@ -44,6 +50,7 @@ def test_in_order_and_not_too_early(lookahead):
         assert float(queue.next().context) == number
         assert len(source.asked) <= number + 1 + lookahead
     queue.close()
+    assert source.closed
     assert source.asked == list(range(6))
     assert (threading.current_thread().name in source.threads) == (lookahead == 0)
 

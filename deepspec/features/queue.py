@@ -17,8 +17,8 @@ from deepspec.targets import TargetFeatures
 class FeatureQueue:
     """Asks a source for the features of announced batches, in order, at most `lookahead` batches early.
 
-    With a lookahead, one background thread asks, on a CUDA device in a stream of its own. What fails there is raised by
-    the `next` that would have returned its features.
+    With a lookahead, background threads ask, as many as the source allows, on a CUDA device in a stream of their own.
+    What fails there is raised by the `next` that would have returned its features.
     """
 
     def __init__(self, source: FeatureSource, lookahead: int, device: torch.device):
@@ -26,7 +26,7 @@ class FeatureQueue:
         self._lookahead = lookahead
         self._waiting: deque[TokenBatch] = deque()
         self._begun: deque[Future[tuple[TargetFeatures, torch.cuda.Event | None]]] = deque()
-        self._pool = ThreadPoolExecutor(1, "features") if lookahead else None
+        self._pool = ThreadPoolExecutor(source.concurrency, "features") if lookahead else None
         self._stream = torch.cuda.Stream(device) if lookahead and device.type == "cuda" else None
 
     def announce(self, batches: Iterable[TokenBatch]) -> None:
@@ -48,6 +48,8 @@ class FeatureQueue:
         return features
 
     def close(self) -> None:
+        """Close the source too; nothing is asked for afterwards."""
+        self._source.close()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 

@@ -15,6 +15,7 @@ from deepspec.targets import Target, TargetFeatures
 class FeatureSource(Protocol):
     """Anything that gives target features for a batch."""
 
+    concurrency: int  # batches that it may be asked for at once, from as many threads
     flops_per_token: float  # of the target's forward pass on the training device; 0 when it runs elsewhere
 
     def batch_features(self, batch: TokenBatch) -> TargetFeatures:
@@ -28,9 +29,15 @@ class FeatureSource(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of what it holds. No batch is asked for afterwards; one that is waited for may fail."""
+        ...
+
 
 class OnlineFeatures:
     """The target is resident and computes the features of each batch as it comes. Nothing is stored."""
+
+    concurrency = 1
 
     def __init__(self, target: Target, layer_ids: Sequence[int], device: torch.device | None = None):
         """
@@ -47,6 +54,9 @@ class OnlineFeatures:
         with self._lock:
             features = self.target.features(batch.to(self.target.device), self.layer_ids)
         return TargetFeatures(*(tensor.to(self.device, non_blocking=True) for tensor in vars(features).values()))
+
+    def close(self) -> None:
+        pass
 
 
 def build_feature_source(

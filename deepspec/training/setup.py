@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from deepspec.config import ConfigError, TrainRun
 from deepspec.data.dataset import ConversationDataset, check_vocabulary, tokenize_conversations
 from deepspec.drafts import DraftSettings, DSparkModel, build_draft, build_draft_config, load_draft
 from deepspec.features import FeatureSource, build_feature_source
-from deepspec.targets import load_target, load_target_config, load_tokenizer
+from deepspec.features.served import connect_served
+from deepspec.features.vllm import connect_vllm
+from deepspec.targets import Target, load_target, load_target_config, load_tokenizer
+
+CONNECT: dict[str, Callable[..., FeatureSource]] = {
+    "served": connect_served,
+    "vllm": connect_vllm,
+}  # features.source of another process
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,8 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     """Load target and data, and build the draft: fresh, or from `checkpoint`.
 
     Raises:
-        ConfigError: a draft that cannot be built for this target, or a tokenizer without the tokens it needs.
+        ConfigError: a draft that cannot be built for this target, a tokenizer without the tokens it needs, or a
+            feature server that does not serve this target.
         ValueError: a tokenizer that does not belong to the target, or a checkpoint of another target.
         DataError: unusable data.
     """
@@ -47,12 +56,7 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         eval_set = None
         if config.data.eval_files:
             eval_set = _dataset(config, config.data.eval_files, tokenizer).first(config.data.eval_samples)
-    target = load_target(
-        config.target.path,
-        revision=config.target.revision,
-        dtype=getattr(torch, config.target.dtype),
-        device=target_device(config.features.target_device, accelerator),
-    )
+    target = _load_target(config, accelerator)
     draft_config.target_fingerprint = target.fingerprint
     if checkpoint is None:
         draft = build_draft(draft_config, target, seed=config.seed)
@@ -62,13 +66,31 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         draft = _in_aligned_memory(load_draft(checkpoint, dtype=torch.float32, target=target))
     return Materials(
         draft=draft.train(),
-        features=build_feature_source(
-            config.features.source, target, DraftSettings.of(draft_config).target_layer_ids, accelerator.device
-        ),
+        features=_feature_source(config, target, DraftSettings.of(draft_config).target_layer_ids, accelerator.device),
         train_set=train_set,
         eval_set=eval_set,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
     )
+
+
+def _load_target(config: TrainRun, accelerator: Accelerator) -> Target:
+    """The target; where its features come from elsewhere, on the CPU, for what draft and source take from it."""
+    device = torch.device("cpu")
+    if config.features.source not in CONNECT:
+        device = target_device(config.features.target_device, accelerator)
+    return load_target(
+        config.target.path,
+        revision=config.target.revision,
+        dtype=getattr(torch, config.target.dtype),
+        device=device,
+    )
+
+
+def _feature_source(config: TrainRun, target: Target, layer_ids: Sequence[int], device: torch.device) -> FeatureSource:
+    connect = CONNECT.get(config.features.source)
+    if connect is None:
+        return build_feature_source(config.features.source, target, layer_ids, device)
+    return connect(config.features, target, layer_ids, device=device, max_length=config.data.max_length)
 
 
 def target_device(name: str, accelerator: Accelerator) -> torch.device:

@@ -1,0 +1,163 @@
+"""Runs on features of a real server process: as with the target resident, through its death, or to a clear end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from feature_servers import free_port, prepare_processes, start_process, wait_until_ready
+from training_world import changed, draft_weights, tiny_run
+
+from deepspec.checkpoints import checkpoint_folder, newest_checkpoint
+from deepspec.features.replicas import FeatureServerError
+from deepspec.training import train
+from deepspec.training.log import read_metrics
+from deepspec.training.report import Reporter
+
+pytestmark = pytest.mark.usefixtures("in_temporary_folder")
+ROOT = Path(__file__).parent.parent
+PACKED = {"steps": 4, "tokens_per_batch": 128}
+
+
+class Servers:
+    """A server at one address, which can die and come back."""
+
+    def __init__(self, target: str):
+        self.target, self.port = target, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process = None
+
+    def start(self) -> None:
+        self.process = start_process(self.target, self.port, merge_requests=False)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
+@pytest.fixture(scope="module")
+def door(training_world, tmp_path_factory):
+    """`python -m deepspec.features.serve`, started early: it imports while other tests run."""
+    prepare_processes()
+    port, target = free_port(), str(training_world / "target")
+    command = [sys.executable, "-m", "deepspec.features.serve", f"target={target}", f"port={port}", "device=cpu"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    folder = tmp_path_factory.mktemp("door")
+    with subprocess.Popen(command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True) as process:
+        yield process, port, target
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(door, training_world):
+    servers = Servers(str(training_world / "target"))
+    servers.start()
+    yield servers
+    servers.kill()
+
+
+@pytest.fixture(scope="module")
+def online(training_world, in_temporary_folder, tmp_path_factory):
+    """Four steps on packed rows with the target resident."""
+    return train(tiny_run(training_world, tmp_path_factory.mktemp("online"), **PACKED))
+
+
+def served(world, folder, servers, *, features=None, **run):
+    options = {"source": "served", "urls": [servers.url], "retry_for": 60.0} | (features or {})
+    return changed(tiny_run(world, folder, **run), features=options)
+
+
+def losses(folder):
+    return [row["loss"] for row in read_metrics(folder)]
+
+
+def run_folder(result):
+    return result.checkpoint.parents[1]
+
+
+def test_packed_rows_agree_bit_for_bit(server, online, training_world, tmp_path):
+    """They run in the same shapes on both sides."""
+    result = train(served(training_world, tmp_path, server, features={"lookahead": 2}, **PACKED))
+    assert losses(tmp_path) == losses(run_folder(online))
+    assert draft_weights(result.checkpoint) == draft_weights(online.checkpoint)
+    assert result.metrics["eval/loss"] == online.metrics["eval/loss"]
+
+
+def test_padded_rows_agree_up_to_rounding(server, training_world, tmp_path):
+    train(tiny_run(training_world, tmp_path / "online", steps=3))
+    train(served(training_world, tmp_path / "served", server, steps=3))
+    assert losses(tmp_path / "served") == pytest.approx(losses(tmp_path / "online"), rel=1e-6)
+
+
+def test_bfloat16_on_the_wire(server, online, training_world, tmp_path):
+    train(served(training_world, tmp_path, server, features={"dtype": "bfloat16"}, **PACKED))
+    assert losses(tmp_path) == pytest.approx(losses(run_folder(online)), rel=1e-2)
+    assert losses(tmp_path) != losses(run_folder(online))
+
+
+def at_step(monkeypatch, number, act):
+    original = Reporter.step
+
+    def step(self, done, loss, row):
+        original(self, done, loss, row)
+        if done == number:
+            act()
+
+    monkeypatch.setattr(Reporter, "step", step)
+
+
+def test_killed_and_started_again(server, online, training_world, tmp_path, monkeypatch):
+    """The run waits, and ends with the very bytes of a run whose target never died."""
+    restart = threading.Timer(0.5, server.start)
+    at_step(monkeypatch, 2, lambda: (server.kill(), restart.start()))
+    result = train(served(training_world, tmp_path, server, **PACKED))
+    restart.join()
+    assert result.status == "finished"
+    assert draft_weights(result.checkpoint) == draft_weights(online.checkpoint)
+
+
+def test_killed_for_good(server, online, training_world, tmp_path, monkeypatch):
+    """The last checkpoint stays, and the same command goes on from it once a server is there again."""
+    config = served(
+        training_world, tmp_path, server, features={"lookahead": 2, "retry_for": 0.5, "timeout": 5.0}, **PACKED
+    )
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, server.kill)
+        started = time.monotonic()
+        with pytest.raises(FeatureServerError) as error:
+            train(config)
+    assert time.monotonic() - started < 30
+    message = str(error.value)
+    assert f"no feature server of features.urls answered for 0.5 s (features.retry_for): {server.url}: " in message
+    assert "run the same command: training continues from its newest checkpoint" in message
+    assert newest_checkpoint(tmp_path, subfolder="") == checkpoint_folder(tmp_path, 2)
+    server.start()
+    result = train(dataclasses.replace(config, features=dataclasses.replace(config.features, timeout=20.0)))
+    assert result.step == 4
+    assert draft_weights(result.checkpoint) == draft_weights(online.checkpoint)
+
+
+def test_sigterm_ends_a_server_with_status_0(server):
+    os.kill(server.process.pid, signal.SIGTERM)
+    server.process.join(10)
+    assert server.process.exitcode == 0
+
+
+def test_the_door(door):
+    """Stopped with Ctrl+C."""
+    process, port, target = door
+    wait_until_ready(port, lambda: process.poll() is None)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=20)[1]
+    assert process.returncode == 0, printed
+    assert f"serving {target}" in printed
+    assert f"at http://127.0.0.1:{port}" in printed
+    assert "stopped after 0 requests of 0 tokens" in printed
+    assert "Traceback" not in printed
