@@ -1,11 +1,14 @@
-"""Small file helpers: digests and writes that are either whole or absent."""
+"""Small file helpers: digests, weight files, and writes that are either whole or absent."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 def sha256_of(path: str | Path) -> str:
@@ -17,6 +20,35 @@ def sha256_of(path: str | Path) -> str:
 def match_digests(folder: Path, digests: Mapping[str, str]) -> bool:
     """Whether every named file of `folder` is there with its recorded SHA-256."""
     return all((folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in digests.items())
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model saved in one file or in several with an index.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: the index is damaged.
+    """
+    names = [SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX_FILE}: not a readable index of weight files: {error}") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: missing weight file; copy or download it again")
+    return [folder / name for name in names]
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames inside a folder last through a power failure."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_atomically(path: str | Path, text: str) -> None:
