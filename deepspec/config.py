@@ -63,8 +63,12 @@ class DataConfig:
 
 @dataclass
 class FeaturesConfig:
-    source: str = "online"  # online: the target is resident and computes features for each batch
+    source: str = "online"  # online: the target is resident; cached: read from cache_dir
     lookahead: int = 0  # micro-batches whose features are computed early, beside the training step; 0 = none
+    cache_dir: str = "outputs/cache/features"  # the folder that data_prep.cache writes and source=cached reads
+    cache_dtype: str = "bfloat16"  # data_prep.cache: stored as float32, bfloat16, float8 (e4m3) or int8
+    cache_shard_mib: int = 512  # data_prep.cache: about the size of a file, MiB
+    cache_batch_tokens: int = 16384  # data_prep.cache: tokens in one pass of the target
 
 
 @dataclass
@@ -147,6 +151,13 @@ class TrainRun:
 
 
 @dataclass
+class CacheRun(TrainRun):
+    """All of `data_prep.cache` and `data_prep.estimate`: a training run, and what to do about its feature cache."""
+
+    force: bool = False  # write although the disk seems too small
+
+
+@dataclass
 class EvalRun:
     """All of `eval.py`."""
 
@@ -163,7 +174,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "target.dtype": ("float32", "bfloat16", "float16"),
     "draft.algorithm": ("dspark", "dflash"),
     "draft.markov_head_type": ("vanilla", "gated", "rnn"),
-    "features.source": ("online",),
+    "features.source": ("online", "cached"),
+    "features.cache_dtype": ("float32", "bfloat16", "float8", "int8"),
     "train.mixed_precision": ("no", "bf16"),
     "decode.verification": ("token", "block"),
     "logging.wandb.mode": ("disabled", "offline", "online"),
@@ -180,6 +192,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "data.min_supervised_tokens": (0, None),
     "data.num_workers": (0, None),
     "features.lookahead": (0, 64),
+    "features.cache_shard_mib": (1, None),
+    "features.cache_batch_tokens": (1, None),
     "train.epochs": (0, None),
     "train.steps": (1, None),
     "train.global_batch_size": (1, None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,11 +52,16 @@ def flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def unfinished_name(path: Path) -> Path:
+    """A hidden name beside `path` to write under before renaming; no two writers get the same."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def write_atomically(path: str | Path, text: str) -> None:
     """Write UTF-8 text so that a reader, or a crash, sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished = unfinished_name(path)
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -63,7 +63,7 @@ def test_several_files_with_an_index_and_stored_in_bfloat16(tmp_path):
     assert len(list(folder.glob("*.safetensors"))) > 2
     assert_same(folder)
     next(folder.glob("model-00002*")).unlink()
-    with pytest.raises(FileNotFoundError, match="model-00002.*missing weight file"):
+    with pytest.raises(FileNotFoundError, match=r"model-00002.*missing weight file"):
         load_target_head(str(folder))
 
 

@@ -19,7 +19,7 @@ from deepspec.targets.target import Target, fingerprint_of, load_target, resolve
 
 
 class TargetHead:
-    """What a draft takes from its target. The files are memory-mapped; the layers are loaded when they are asked for."""
+    """What a draft takes from its target. The files are memory-mapped; layers are loaded when they are asked for."""
 
     def __init__(
         self,
@@ -106,8 +106,8 @@ def _read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
         if found is None or stored[found].shape != parameter.shape:
             what = "has no weight" if found is None else f"has the shape {list(stored[found].shape)} for"
             raise ValueError(
-                f"{folder}: {what} {name} {list(parameter.shape)}, which its config.json asks for; load the target with "
-                "Transformers and save it again with save_pretrained"
+                f"{folder}: {what} {name} {list(parameter.shape)}, which its config.json asks for; load the target "
+                "with Transformers and save it again with save_pretrained"
             )
         weights[name] = stored[found]
     return weights

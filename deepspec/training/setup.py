@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from deepspec.config import ConfigError, TrainRun
 from deepspec.data.dataset import ConversationDataset, check_vocabulary, tokenize_conversations
 from deepspec.drafts import DraftSettings, DSparkModel, build_draft, build_draft_config, load_draft
-from deepspec.features import FeatureSource, build_feature_source
-from deepspec.targets import load_target, load_target_config, load_tokenizer
+from deepspec.features import CachedFeatures, FeatureSource, Rendering, build_feature_source
+from deepspec.targets import Target, TargetHead, load_target, load_target_config, load_target_head, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     Raises:
         ConfigError: a draft that cannot be built for this target, or a tokenizer without the tokens it needs.
         ValueError: a tokenizer that does not belong to the target, or a checkpoint of another target.
-        DataError: unusable data.
+        DataError: unusable data, or a feature cache that does not fit the run.
     """
     target_config = load_target_config(config.target.path, config.target.revision)
     tokenizer = load_tokenizer(
@@ -42,16 +42,8 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     check_vocabulary(tokenizer, target_config.vocab_size, config.target.path)
     draft_config = draft_config_of(config, target_config, tokenizer)
     with accelerator.main_process_first():
-        train_set = _dataset(config, config.data.train_files, tokenizer)
-        eval_set = None
-        if config.data.eval_files:
-            eval_set = _dataset(config, config.data.eval_files, tokenizer).first(config.data.eval_samples)
-    target = load_target(
-        config.target.path,
-        revision=config.target.revision,
-        dtype=getattr(torch, config.target.dtype),
-        device=accelerator.device,
-    )
+        train_set, eval_set = load_datasets(config, tokenizer)
+    target = _load_target(config, accelerator.device)
     draft_config.target_fingerprint = target.fingerprint
     if checkpoint is None:
         draft = build_draft(draft_config, target, seed=config.seed)
@@ -59,12 +51,44 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
             draft.start_from_target(target)
     else:
         draft = _in_aligned_memory(load_draft(checkpoint, dtype=torch.float32, target=target))
+    features = _feature_source(config, target, draft_config, tokenizer, accelerator.device)
+    if isinstance(features, CachedFeatures):
+        for dataset in filter(None, (train_set, eval_set)):
+            features.check_documents(dataset)
     return Materials(
         draft=draft.train(),
-        features=build_feature_source(config.features.source, target, DraftSettings.of(draft_config).target_layer_ids),
+        features=features,
         train_set=train_set,
         eval_set=eval_set,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+    )
+
+
+def _load_target(config: TrainRun, device: torch.device) -> Target | TargetHead:
+    """The target; where its features are stored, no more of it than a draft copies."""
+    path, revision, dtype = config.target.path, config.target.revision, getattr(torch, config.target.dtype)
+    if config.features.source == "cached":
+        return load_target_head(path, revision=revision, dtype=dtype)
+    return load_target(path, revision=revision, dtype=dtype, device=device)
+
+
+def _feature_source(
+    config: TrainRun,
+    target: Target | TargetHead,
+    draft_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> FeatureSource:
+    layer_ids = DraftSettings.of(draft_config).target_layer_ids
+    if isinstance(target, Target):
+        return build_feature_source(config.features.source, target, layer_ids)
+    return CachedFeatures(
+        config.features.cache_dir,
+        target_fingerprint=target.fingerprint,
+        target_dtype=config.target.dtype,
+        layer_ids=layer_ids,
+        rendering=Rendering.of(tokenizer, config.data.template_options, config.data.max_length),
+        device=device,
     )
 
 
@@ -106,6 +130,20 @@ def _in_aligned_memory(draft: DSparkModel) -> DSparkModel:
     for parameter in draft.parameters():
         parameter.data = parameter.data.clone()
     return draft
+
+
+def load_datasets(
+    config: TrainRun, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ConversationDataset, ConversationDataset | None]:
+    """What is trained on, and what is measured during training.
+
+    Raises:
+        DataError: unusable data.
+    """
+    train_set = _dataset(config, config.data.train_files, tokenizer)
+    if not config.data.eval_files:
+        return train_set, None
+    return train_set, _dataset(config, config.data.eval_files, tokenizer).first(config.data.eval_samples)
 
 
 def _dataset(config: TrainRun, files: list[str], tokenizer: PreTrainedTokenizerBase) -> ConversationDataset:
