@@ -31,7 +31,7 @@ from deepspec.features.cache_format import (
 )
 from deepspec.features.cache_plan import free_bytes, shard_bounds
 from deepspec.features.cache_storage import STORAGES
-from deepspec.features.cache_writer import CachePlan, begin, documents_tensors, finish, write_shards
+from deepspec.features.cache_writer import CachePlan, begin, check_folder, documents_tensors, finish, write_shards
 from deepspec.ranks import launched_rank, launched_ranks, rank_device
 from deepspec.targets import load_target, load_target_head
 
@@ -42,7 +42,7 @@ def write(run: CacheRun) -> None:
     """Estimate, compare with the free disk, and write this rank's missing shards."""
     contents = contents_of(run)
     plan = plan_of(run, contents)
-    begin(plan)
+    check_folder(plan)
     write_missing(run, contents, plan)
 
 
@@ -52,6 +52,7 @@ def write_missing(run: CacheRun, contents: Contents, plan: CachePlan) -> None:
         show_estimate(run, contents)
         say(f"{plan.folder}: {shards - len(missing)} of {shards} shards are complete")
     check_space(run, contents, plan, missing)
+    begin(plan)
     mine = [number for number in missing if number % launched_ranks() == launched_rank()]
     if mine:
         target = load_target(
@@ -79,8 +80,8 @@ def repair(run: CacheRun) -> None:
     """Delete what differs from what was written, and write it again."""
     contents = contents_of(run)
     plan = plan_of(run, contents)
+    check_folder(plan)
     damaged = look_for_damage(plan.folder)
-    begin(plan)
     for message in damaged.values():
         say(message)
     if damaged:

@@ -57,24 +57,31 @@ class CachePlan:
         return record is not None and record.settings == self.settings.digest and record.is_size_right(self.folder)
 
 
-def begin(plan: CachePlan) -> None:
-    """Write what the cache is of, or make sure that the folder is of the same. Every rank calls this.
+def check_folder(plan: CachePlan) -> None:
+    """Refuse a folder that holds another cache.
 
     Raises:
-        CacheError: the folder holds another cache.
+        CacheError: with what differs.
     """
     try:
         written = read_settings(plan.folder)
     except FileNotFoundError:
-        _write_json(plan.folder / SETTINGS, asdict(plan.settings))
-        written = plan.settings
+        return
     theirs, ours = written.identity(), plan.settings.identity()
-    if changed := [key for key in ours if theirs[key] != ours[key]]:
-        differences = "\n  ".join(f"{key}: was {theirs[key]}, is now {ours[key]}" for key in changed)
+    changed = [f"{key} is {ours[key]}, but was {theirs[key]}" for key in ours if theirs[key] != ours[key]]
+    if changed:
+        rendering = plan.settings.rendering.differences(written.rendering)
+        differences = "\n  ".join(rendering + [line for line in changed if not line.startswith("rendering")])
         raise CacheError(
             f"features.cache_dir={plan.folder} holds another cache:\n  {differences}\nGive another features.cache_dir, "
             "delete that folder, or give the old values to finish it"
         )
+
+
+def begin(plan: CachePlan) -> None:
+    """Write what the cache is of, where that is not there yet. Every rank calls this, after `check_folder`."""
+    if not (plan.folder / SETTINGS).is_file():
+        _write_json(plan.folder / SETTINGS, asdict(plan.settings))
     documents = plan.folder / DOCUMENTS
     if not documents.is_file() or sha256_of(documents) != plan.settings.documents_sha256:
         _save(documents, documents_tensors(plan.survey, plan.bounds))
