@@ -104,7 +104,7 @@ def plan_of(run: CacheRun, contents: Contents) -> CachePlan:
     """What is to be written for a run; reads the target's weight files for its fingerprint, and loads no layer."""
     survey, features = contents.survey, run.features
     sizes = survey.bytes_per_document(STORAGES[features.cache_dtype], len(contents.layer_ids), contents.hidden_size)
-    bounds = shard_bounds(sizes, features.cache_shard_mib * 2**20)
+    bounds = shard_bounds(sizes, int(features.cache_shard_mib * 2**20))
     settings = CacheSettings(
         target=run.target.path,
         target_revision=run.target.revision,

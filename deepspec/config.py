@@ -67,7 +67,7 @@ class FeaturesConfig:
     lookahead: int = 0  # micro-batches whose features are computed early, beside the training step; 0 = none
     cache_dir: str = "outputs/cache/features"  # the folder that data_prep.cache writes and source=cached reads
     cache_dtype: str = "bfloat16"  # data_prep.cache: stored as float32, bfloat16, float8 (e4m3) or int8
-    cache_shard_mib: int = 512  # data_prep.cache: about the size of a file, MiB
+    cache_shard_mib: float = 512  # data_prep.cache: about the size of a file, MiB
     cache_batch_tokens: int = 16384  # data_prep.cache: tokens in one pass of the target
 
 
@@ -192,7 +192,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "data.min_supervised_tokens": (0, None),
     "data.num_workers": (0, None),
     "features.lookahead": (0, 64),
-    "features.cache_shard_mib": (1, None),
+    "features.cache_shard_mib": (0.001, None),
     "features.cache_batch_tokens": (1, None),
     "train.epochs": (0, None),
     "train.steps": (1, None),
