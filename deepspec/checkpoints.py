@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from deepspec.files import sha256_of, write_atomically
+from deepspec.files import flush_folder, sha256_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def _describe(folder: Path, state: dict[str, Any]) -> None:
         files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": sha256_of(file)}
     write_atomically(folder / TRAINER_STATE, json.dumps(state | {"files": files}, indent=1))
     for subfolder in [folder, *(f for f in folder.rglob("*") if f.is_dir())]:
-        _flush_folder(subfolder)
+        flush_folder(subfolder)
 
 
 def _replace(unfinished: Path, final: Path) -> None:
@@ -192,16 +192,7 @@ def _replace(unfinished: Path, final: Path) -> None:
         shutil.rmtree(discarded, ignore_errors=True)
     else:
         os.replace(unfinished, final)
-    _flush_folder(final.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    flush_folder(final.parent)
 
 
 def _explain_failure(final: Path, error: Exception) -> str:

@@ -22,7 +22,7 @@ from deepspec.arguments import USER_MISTAKES
 from deepspec.config import ConfigError, EvalRun, TrainRun, near_match, validate
 
 ROOT = Path(__file__).resolve().parent.parent
-Run = TypeVar("Run", TrainRun, EvalRun)
+Run = TypeVar("Run", bound=TrainRun | EvalRun)
 
 
 def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -> None:

@@ -63,13 +63,17 @@ class DataConfig:
 
 @dataclass
 class FeaturesConfig:
-    source: str = "online"  # online: the target is resident; served: deepspec.features.serve elsewhere; vllm: vLLM
+    source: str = "online"  # online (resident target), cached (data_prep.cache), served (features.serve), vllm
     target_device: str = "same"  # online target: same GPU as the draft, own (behind the ranks' GPUs), or a device
     lookahead: int = 0  # micro-batches whose features are computed early, beside the training step; 0 = none
     urls: list[str] = field(default_factory=list)  # served, vllm: the servers, as http://host:port
     timeout: float = 60.0  # served, vllm: seconds for one request
     retry_for: float = 300.0  # served, vllm: seconds that a request is tried again before training stops
     dtype: str | None = None  # served: of the features on their way; null = target.dtype
+    cache_dir: str = "outputs/cache/features"  # the folder that data_prep.cache writes and source=cached reads
+    cache_dtype: str = "bfloat16"  # data_prep.cache: stored as float32, bfloat16, float8 (e4m3) or int8
+    cache_shard_mib: float = 512  # data_prep.cache: about the size of a file, MiB
+    cache_batch_tokens: int = 16384  # data_prep.cache: tokens in one pass of the target
 
 
 @dataclass
@@ -153,6 +157,13 @@ class TrainRun:
 
 
 @dataclass
+class CacheRun(TrainRun):
+    """All of `data_prep.cache` and `data_prep.estimate`: a training run, and what to do about its feature cache."""
+
+    force: bool = False  # write although the disk seems too small
+
+
+@dataclass
 class EvalRun:
     """All of `eval.py`."""
 
@@ -169,8 +180,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "target.dtype": ("float32", "bfloat16", "float16"),
     "draft.algorithm": ("dspark", "dflash"),
     "draft.markov_head_type": ("vanilla", "gated", "rnn"),
-    "features.source": ("online", "served", "vllm"),
+    "features.source": ("online", "cached", "served", "vllm"),
     "features.dtype": ("float32", "bfloat16", "float16"),
+    "features.cache_dtype": ("float32", "bfloat16", "float8", "int8"),
     "train.mixed_precision": ("no", "bf16"),
     "decode.verification": ("token", "block"),
     "logging.wandb.mode": ("disabled", "offline", "online"),
@@ -189,6 +201,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "features.lookahead": (0, 64),
     "features.timeout": (0.01, None),
     "features.retry_for": (0, None),
+    "features.cache_shard_mib": (0.001, None),
+    "features.cache_batch_tokens": (1, None),
     "train.epochs": (0, None),
     "train.steps": (1, None),
     "train.global_batch_size": (1, None),

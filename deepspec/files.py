@@ -1,11 +1,15 @@
-"""Small file helpers: digests and writes that are either whole or absent."""
+"""Small file helpers: digests, weight files, and writes that are either whole or absent."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 def sha256_of(path: str | Path) -> str:
@@ -19,11 +23,45 @@ def match_digests(folder: Path, digests: Mapping[str, str]) -> bool:
     return all((folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in digests.items())
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model saved in one file or in several with an index.
+
+    Raises:
+        FileNotFoundError: one of them is missing.
+        ValueError: the index is damaged.
+    """
+    names = [SINGLE_FILE]
+    if (folder / INDEX_FILE).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX_FILE}: not a readable index of weight files: {error}") from error
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: missing weight file; copy or download it again")
+    return [folder / name for name in names]
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames inside a folder last through a power failure."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def unfinished_name(path: Path) -> Path:
+    """A hidden name beside `path` to write under before renaming; no two writers get the same."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def write_atomically(path: str | Path, text: str) -> None:
     """Write UTF-8 text so that a reader, or a crash, sees the old file or the new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished = unfinished_name(path)
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

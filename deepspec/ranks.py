@@ -12,6 +12,19 @@ def launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def launched_rank() -> int:
+    """Which of them this is; 0 without a launcher."""
+    return int(os.environ.get("RANK", 0))
+
+
+def rank_device() -> torch.device:
+    """The device of this rank on its machine."""
+    accelerator = None if runs_on_cpu() else torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))
+
+
 def runs_on_cpu() -> bool:
     """Whether the launcher forces the CPU or there is no accelerator."""
     forced = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")

@@ -106,11 +106,11 @@ def train_in_child(config: TrainRun, folder: str, die_at: tuple[str, int] | None
     torch.set_num_threads(1)
     os.chdir(folder)
     if die_at is not None:
-        _die_at(*die_at)
+        die_at_call(*die_at)
     train(config)
 
 
-def _die_at(function: str, call: int) -> None:
+def die_at_call(function: str, call: int) -> None:
     original, calls = getattr(os, function), 0
 
     def counted(*args: Any, **kwargs: Any) -> Any:

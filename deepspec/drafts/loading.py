@@ -17,10 +17,9 @@ from deepspec.config import ConfigError
 from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings
 from deepspec.drafts.dspark import DRAFT_CLASSES, DSparkModel, TargetWeights
 from deepspec.drafts.families import family_of
+from deepspec.files import weight_files
 
 logger = logging.getLogger(__name__)
-
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 class LoadedTarget(TargetWeights, Protocol):
@@ -155,7 +154,7 @@ def _check_tensors(folder: Path, config: PreTrainedConfig) -> None:
     with torch.device("meta"):
         expected = {name: list(t.shape) for name, t in DRAFT_CLASSES[config.model_type](config).state_dict().items()}
     stored: dict[str, list[int]] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 stored |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
@@ -172,20 +171,6 @@ def _check_tensors(folder: Path, config: PreTrainedConfig) -> None:
     ]
     if wrong:
         raise ValueError(f"{folder}: shapes do not fit its config.json: {_some(wrong)}")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX_FILE).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX_FILE}: not a readable index of weight files: {error}") from error
-    else:
-        names = [SINGLE_FILE]
-    for name in names:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: missing weight file; copy or download it again")
-    return [folder / name for name in names]
 
 
 def _some(items: list[str], shown: int = 5) -> str:

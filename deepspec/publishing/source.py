@@ -14,7 +14,8 @@ from transformers import PreTrainedConfig
 from yaml import YAMLError
 
 from deepspec.checkpoints import TRAINER_STATE, CheckpointError, list_checkpoints, read_trainer_state, verify_checkpoint
-from deepspec.drafts.loading import INDEX_FILE, SINGLE_FILE, load_draft
+from deepspec.drafts.loading import load_draft
+from deepspec.files import INDEX_FILE, SINGLE_FILE
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 

@@ -2,6 +2,7 @@
 
 from deepspec.targets.adapters import ADAPTERS, TargetAdapter, adapter_for, register_adapter
 from deepspec.targets.attention import attend_with
+from deepspec.targets.head import TargetHead, load_target_head
 from deepspec.targets.target import (
     BUILTIN_WEIGHTS,
     Target,
@@ -18,10 +19,12 @@ __all__ = [
     "Target",
     "TargetAdapter",
     "TargetFeatures",
+    "TargetHead",
     "adapter_for",
     "attend_with",
     "load_target",
     "load_target_config",
+    "load_target_head",
     "load_tokenizer",
     "register_adapter",
     "resolve_path",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ class Target:
         the fingerprint is the same in whichever dtype the weights were loaded.
         """
         if self._fingerprint is None:
-            self._fingerprint = _fingerprint(self.model)
+            self._fingerprint = fingerprint_of(self.model.named_parameters())
         return self._fingerprint
 
     @torch.no_grad()
@@ -159,9 +159,10 @@ class Target:
         return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), final)
 
 
-def _fingerprint(model: nn.Module) -> str:
+def fingerprint_of(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """The fingerprint of named weights, in any order, see `Target.fingerprint`."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in sorted(weights):
         flat = weight.detach().reshape(-1)
         count = min(flat.numel(), FINGERPRINT_SAMPLES)
         indices = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)

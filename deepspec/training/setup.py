@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from deepspec.config import ConfigError, TrainRun
 from deepspec.data.dataset import ConversationDataset, check_vocabulary, tokenize_conversations
 from deepspec.drafts import DraftSettings, DSparkModel, build_draft, build_draft_config, load_draft
-from deepspec.features import FeatureSource, build_feature_source
+from deepspec.features import CachedFeatures, FeatureSource, Rendering, build_feature_source
 from deepspec.features.served import connect_served
 from deepspec.features.vllm import connect_vllm
-from deepspec.targets import Target, load_target, load_target_config, load_tokenizer
+from deepspec.targets import Target, TargetHead, load_target, load_target_config, load_target_head, load_tokenizer
 
 CONNECT: dict[str, Callable[..., FeatureSource]] = {
     "served": connect_served,
@@ -43,7 +43,7 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         ConfigError: a draft that cannot be built for this target, a tokenizer without the tokens it needs, or a
             feature server that does not serve this target.
         ValueError: a tokenizer that does not belong to the target, or a checkpoint of another target.
-        DataError: unusable data.
+        DataError: unusable data, or a feature cache that does not fit the run.
     """
     target_config = load_target_config(config.target.path, config.target.revision)
     tokenizer = load_tokenizer(
@@ -52,10 +52,7 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     check_vocabulary(tokenizer, target_config.vocab_size, config.target.path)
     draft_config = draft_config_of(config, target_config, tokenizer)
     with accelerator.main_process_first():
-        train_set = _dataset(config, config.data.train_files, tokenizer)
-        eval_set = None
-        if config.data.eval_files:
-            eval_set = _dataset(config, config.data.eval_files, tokenizer).first(config.data.eval_samples)
+        train_set, eval_set = load_datasets(config, tokenizer)
     target = _load_target(config, accelerator)
     draft_config.target_fingerprint = target.fingerprint
     if checkpoint is None:
@@ -64,33 +61,52 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
             draft.start_from_target(target)
     else:
         draft = _in_aligned_memory(load_draft(checkpoint, dtype=torch.float32, target=target))
+    features = _feature_source(config, target, draft_config, tokenizer, accelerator.device)
+    if isinstance(features, CachedFeatures):
+        for dataset in filter(None, (train_set, eval_set)):
+            features.check_documents(dataset)
     return Materials(
         draft=draft.train(),
-        features=_feature_source(config, target, DraftSettings.of(draft_config).target_layer_ids, accelerator.device),
+        features=features,
         train_set=train_set,
         eval_set=eval_set,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
     )
 
 
-def _load_target(config: TrainRun, accelerator: Accelerator) -> Target:
-    """The target; where its features come from elsewhere, on the CPU, for what draft and source take from it."""
+def _load_target(config: TrainRun, accelerator: Accelerator) -> Target | TargetHead:
+    """The target; where its features are stored, no more of it than a draft copies; where another process computes
+    them, on the CPU, for what draft and source take from it."""
+    path, revision, dtype = config.target.path, config.target.revision, getattr(torch, config.target.dtype)
+    if config.features.source == "cached":
+        return load_target_head(path, revision=revision, dtype=dtype)
     device = torch.device("cpu")
     if config.features.source not in CONNECT:
         device = target_device(config.features.target_device, accelerator)
-    return load_target(
-        config.target.path,
-        revision=config.target.revision,
-        dtype=getattr(torch, config.target.dtype),
+    return load_target(path, revision=revision, dtype=dtype, device=device)
+
+
+def _feature_source(
+    config: TrainRun,
+    target: Target | TargetHead,
+    draft_config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+) -> FeatureSource:
+    layer_ids = DraftSettings.of(draft_config).target_layer_ids
+    connect = CONNECT.get(config.features.source)
+    if connect is not None:
+        return connect(config.features, target, layer_ids, device=device, max_length=config.data.max_length)
+    if isinstance(target, Target):
+        return build_feature_source(config.features.source, target, layer_ids, device)
+    return CachedFeatures(
+        config.features.cache_dir,
+        target_fingerprint=target.fingerprint,
+        target_dtype=config.target.dtype,
+        layer_ids=layer_ids,
+        rendering=Rendering.of(tokenizer, config.data.template_options, config.data.max_length),
         device=device,
     )
-
-
-def _feature_source(config: TrainRun, target: Target, layer_ids: Sequence[int], device: torch.device) -> FeatureSource:
-    connect = CONNECT.get(config.features.source)
-    if connect is None:
-        return build_feature_source(config.features.source, target, layer_ids, device)
-    return connect(config.features, target, layer_ids, device=device, max_length=config.data.max_length)
 
 
 def target_device(name: str, accelerator: Accelerator) -> torch.device:
@@ -152,6 +168,20 @@ def _in_aligned_memory(draft: DSparkModel) -> DSparkModel:
     for parameter in draft.parameters():
         parameter.data = parameter.data.clone()
     return draft
+
+
+def load_datasets(
+    config: TrainRun, tokenizer: PreTrainedTokenizerBase
+) -> tuple[ConversationDataset, ConversationDataset | None]:
+    """What is trained on, and what is measured during training.
+
+    Raises:
+        DataError: unusable data.
+    """
+    train_set = _dataset(config, config.data.train_files, tokenizer)
+    if not config.data.eval_files:
+        return train_set, None
+    return train_set, _dataset(config, config.data.eval_files, tokenizer).first(config.data.eval_samples)
 
 
 def _dataset(config: TrainRun, files: list[str], tokenizer: PreTrainedTokenizerBase) -> ConversationDataset:
