@@ -12,18 +12,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from feature_servers import packed, padded
+from feature_servers import QuietHandler, answering, packed, padded
 from safetensors.torch import save_file
 from training_world import changed, tiny_run
 from transformers import AutoModelForCausalLM
 
 from deepspec.config import ConfigError, FeaturesConfig
-from deepspec.data.packing import anchor_candidates
+from deepspec.data.packing import Sample, anchor_candidates, lay_out
 from deepspec.features import OnlineFeatures
 from deepspec.features.replicas import FeatureServerError
 from deepspec.features.vllm import connect_vllm, vllm_layer_ids
@@ -107,9 +106,7 @@ class StandIn:
 
 @contextmanager
 def listening(stand_in: StandIn):
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(QuietHandler):
         def do_GET(self):
             self.answer(200, stand_in.models) if self.path == "/v1/models" else self.answer(404, {})
 
@@ -129,18 +126,8 @@ def listening(stand_in: StandIn):
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with answering(Handler) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +150,17 @@ def connect(target):
 
 
 def assert_same(found, target, batch):
+    """Each document against the online features of it alone, which is how vLLM is asked; zero elsewhere."""
     wanted, tokens = anchor_candidates(batch.loss_mask, batch.position_ids), torch.zeros_like(batch.loss_mask)
+    source = OnlineFeatures(target, LAYERS)
     for document in batch.documents:
-        tokens[document.row, document.columns] = True
-    online = OnlineFeatures(target, LAYERS).batch_features(batch)
-    torch.testing.assert_close(found.context[tokens], online.context[tokens], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found.final[wanted], online.final[wanted], rtol=1e-5, atol=1e-5)
+        place = (document.row, document.columns)
+        tokens[place] = True
+        ids, mask = batch.input_ids[place].tolist(), batch.loss_mask[place].tolist()
+        alone = source.batch_features(lay_out([[Sample(0, 0, "", ids, mask)]], pad_id=0))
+        torch.testing.assert_close(found.context[place], alone.context[0], rtol=1e-5, atol=1e-5)
+        here = wanted[place]
+        torch.testing.assert_close(found.final[place][here], alone.final[0][here], rtol=1e-5, atol=1e-5)
     assert not found.context[~tokens].any()
     assert not found.final[~wanted].any()
 
