@@ -9,9 +9,6 @@ only every other slot supervised. Printed and written as JSON: median, smallest 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +17,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.processes import OutOfMemory, in_fresh_process
 from benchmarks.summary import spread, summary, write_record
 from deepspec.arguments import run_command
 
 NAIVE = "naive"
 HALF = ", half of the slots supervised"
 TABLE_WIDTH = 140
-KILLED = -9  # by the system, which does that to a process when memory runs out
 
 
 @dataclass
@@ -67,19 +64,11 @@ def ways(device: str) -> dict[str, dict[str, Any]]:
 
 
 def measure(options: dict[str, Any]) -> dict[str, Any]:
-    """What a fresh process finds.
-
-    Raises:
-        RuntimeError: it failed, and not for lack of memory.
-    """
-    words = [f"{name}={value}" for name, value in options.items()]
-    command = [sys.executable, "-m", "benchmarks.objective_step", *words]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    if finished.returncode == KILLED:
+    """What a fresh process finds; raises RuntimeError when it fails, and not for lack of memory."""
+    try:
+        return in_fresh_process("benchmarks.objective_step", options)
+    except OutOfMemory:
         return {"out_of_memory": True}
-    if finished.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{finished.stderr}")
-    return json.loads(finished.stdout.splitlines()[-1])
 
 
 def measure_size(common: dict[str, Any], device: str, repeats: int, title: str) -> dict[str, Measured]:

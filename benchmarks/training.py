@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,15 +22,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from benchmarks.processes import in_fresh_process
 from benchmarks.straightforward import PaddedFeatures, plain_kernels, with_every_slot
+from benchmarks.summary import spread, summary, write_record
 from deepspec.arguments import run_command
 from deepspec.config import ConfigError, LossConfig
 from deepspec.data.packing import Sample
 from deepspec.data.sampler import BatchSplit
 from deepspec.drafts import build_draft, build_draft_config
-from deepspec.evaluation.environment import command_line, machine, versions
 from deepspec.features import OnlineFeatures
-from deepspec.files import write_atomically
 from deepspec.targets import Target, load_target
 from deepspec.training.batches import MicroBatch, MicroBatchMaker
 from deepspec.training.flops import StepFlops, peak_flops
@@ -221,20 +219,6 @@ def train_step(
     return float(loss)
 
 
-def in_fresh_process(way: str, options: TrainingOptions) -> dict[str, float]:
-    """`measure` in a process of its own."""
-    words = [f"{entry.name}={getattr(options, entry.name)}" for entry in fields(options) if entry.name != "measure"]
-    command = [sys.executable, "-m", "benchmarks.training", *words, f"measure={way}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"measuring '{way}' failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def compare(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any]]:
     """Figures of every way, and ratios to the first one run by run."""
     results: dict[str, dict[str, Any]] = {}
@@ -267,11 +251,6 @@ def table_of(results: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def spread(values: dict[str, float], digits: int) -> str:
-    """`median (min to max)`"""
-    return "{median:,.{d}f} ({min:,.{d}f} to {max:,.{d}f})".format(**values, d=digits)
-
-
 def main(options: TrainingOptions) -> None:
     if options.model not in SHAPES:
         raise ConfigError(f"model={options.model}: must be one of {', '.join(SHAPES)}")
@@ -282,18 +261,10 @@ def main(options: TrainingOptions) -> None:
     runs: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     for _ in range(options.repeats):
         for way in ways:
-            runs[way].append(in_fresh_process(way, options))
+            runs[way].append(in_fresh_process("benchmarks.training", asdict(options) | {"measure": way}))
     results = compare(runs)
     Console(width=max(Console().width, TABLE_WIDTH)).print(table_of(results))
-    record = {
-        "results": results,
-        "settings": asdict(options) | {"shape": asdict(SHAPES[options.model])},
-        "machine": machine(),
-        "versions": versions(),
-        "command": command_line(),
-    }
-    write_atomically(options.output, json.dumps(record, indent=2) + "\n")
-    print(f"written to {options.output}")
+    write_record(options.output, results, options, shape=asdict(SHAPES[options.model]))
 
 
 if __name__ == "__main__":

@@ -103,8 +103,7 @@ def look_for_damage(folder: Path) -> dict[int | str, str]:
 def plan_of(run: CacheRun, contents: Contents) -> CachePlan:
     """What is to be written for a run; reads the target's weight files for its fingerprint, and loads no layer."""
     survey, features = contents.survey, run.features
-    sizes = survey.bytes_per_document(STORAGES[features.cache_dtype], len(contents.layer_ids), contents.hidden_size)
-    bounds = shard_bounds(sizes, int(features.cache_shard_mib * 2**20))
+    bounds = shard_bounds(contents.document_bytes(features.cache_dtype), int(features.cache_shard_mib * 2**20))
     settings = CacheSettings(
         target=run.target.path,
         target_revision=run.target.revision,
@@ -134,8 +133,7 @@ def check_space(run: CacheRun, contents: Contents, plan: CachePlan, missing: lis
     Raises:
         CacheError: the missing shards need more than is free; with the numbers.
     """
-    storage = STORAGES[run.features.cache_dtype]
-    sizes = contents.survey.bytes_per_document(storage, len(contents.layer_ids), contents.hidden_size)
+    sizes = contents.document_bytes(run.features.cache_dtype)
     needed = sum(int(sizes[plan.bounds[n] : plan.bounds[n + 1]].sum()) for n in missing)
     free = free_bytes(plan.folder)
     if needed > free and not run.force:

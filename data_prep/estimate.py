@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.core.config_store import ConfigStore
 from rich.console import Console
 from rich.table import Table
@@ -37,8 +38,12 @@ class Contents:
     hidden_size: int
     survey: Survey
 
+    def document_bytes(self, dtype: str) -> np.ndarray:
+        """[documents]"""
+        return self.survey.bytes_per_document(STORAGES[dtype], len(self.layer_ids), self.hidden_size)
+
     def total_bytes(self, dtype: str) -> int:
-        return int(self.survey.bytes_per_document(STORAGES[dtype], len(self.layer_ids), self.hidden_size).sum())
+        return int(self.document_bytes(dtype).sum())
 
 
 def contents_of(run: CacheRun) -> Contents:

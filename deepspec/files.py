@@ -1,4 +1,4 @@
-"""Small file helpers: digests, weight files, and writes that are either whole or absent."""
+"""Small file helpers: digests, the files of a model, and writes that are either whole or absent."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -42,6 +43,27 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def download_model(repo: str, revision: str | None, key: str) -> Path:
+    """The folder of a Hub repository's configs and weights in the local cache, fetched where they are not there.
+
+    Args:
+        key: of the configuration that names the repository, for the message.
+
+    Raises:
+        FileNotFoundError: it cannot be fetched.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{key}={repo}: no such folder, and it could not be fetched from the Hub"
+            f"{f' at revision {revision}' if revision else ''}: {error}"
+        ) from error
+
+
 def flush_folder(folder: Path) -> None:
     """Make renames inside a folder last through a power failure."""
     if os.name == "posix":
@@ -52,9 +74,31 @@ def flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def safetensors_header(tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with; for writers that must not hold or copy all tensors as the library does.
+
+    Args:
+        tensors: dtype code, shape and bytes of every tensor, in the order in which they follow.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape, size) in tensors.items():
+        start, end = end, end + size
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
 def unfinished_name(path: Path) -> Path:
     """A hidden name beside `path` to write under before renaming; no two writers get the same."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_unfinished(path: Path) -> None:
+    """Delete what killed writers of `path` left behind; nobody else may be writing it."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink()
 
 
 def write_atomically(path: str | Path, text: str) -> None:

@@ -17,6 +17,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def ranks_on_this_machine() -> int:
+    """How many of them share this machine; 1 without a launcher."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def rank_device() -> torch.device:
     """The device of this rank on its machine."""
     accelerator = None if runs_on_cpu() else torch.accelerator.current_accelerator()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 
@@ -21,6 +22,29 @@ from deepspec.data.packing import Sample, TokenBatch, lay_out
 from deepspec.features.engine import FeatureEngine, Limits
 from deepspec.features.serve import FeatureServer, ServeOptions, create_app, serve
 from deepspec.targets import Target
+
+
+class QuietHandler(BaseHTTPRequestHandler):
+    """Of stand-ins for a server, which keep connections open and log nothing."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def answering(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The URL of a server whose requests `handler` answers."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @dataclass

@@ -15,7 +15,6 @@ from deepspec.kernels.attention import (
     block_attention_masked,
     block_attention_single,
 )
-from deepspec.kernels.losses import vocabulary_losses, vocabulary_losses_reference
 
 Inputs = tuple[list[Tensor], ContextSpans]
 
@@ -150,71 +149,3 @@ def test_what_is_not_visible_has_no_weight_at_all() -> None:
     after = block_attention(tensors[0], tensors[1], huge, *tensors[3:], spans, 0.3)
     assert torch.equal(before[1], after[1])
     assert torch.equal(before[0, :, :2], after[0, :, :2])
-
-
-def loss_inputs(rows: int) -> dict[str, Tensor | None]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "hidden": torch.randn(rows, 6, generator=generator).requires_grad_(),
-        "latents": torch.randn(rows, 3, generator=generator).requires_grad_(),
-        "head": torch.randn(11, 6, generator=generator),
-        "markov_w2": torch.randn(11, 3, generator=generator).requires_grad_(),
-        "targets": torch.randint(0, 11, (rows,), generator=generator),
-        "target_hidden": torch.randn(rows, 6, generator=generator),
-        "weights": torch.rand(rows, generator=generator),
-    }
-
-
-@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
-@pytest.mark.parametrize(("ce", "tv"), [(1.0, 0.0), (0.0, 1.0), (0.1, 0.9)])
-@pytest.mark.parametrize("markov", [True, False])
-def test_chunked_losses_equal_the_plain_ones(chunk_rows: int, ce: float, tv: float, markov: bool) -> None:
-    inputs = loss_inputs(10)
-    if not markov:
-        inputs |= {"latents": None, "markov_w2": None}
-    trained = [inputs[name] for name in ("hidden", "latents", "markov_w2") if inputs[name] is not None]
-    fast = vocabulary_losses(*inputs.values(), ce, tv, chunk_rows=chunk_rows)
-    plain = vocabulary_losses_reference(*inputs.values(), ce, tv)
-    for ours, theirs in zip(fast, plain, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-    gradients = [torch.autograd.grad(losses.loss * 0.7, trained) for losses in (fast, plain)]
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
-
-
-def test_equal_distributions_have_no_distance() -> None:
-    inputs = loss_inputs(10)
-    inputs |= {"latents": None, "markov_w2": None, "target_hidden": inputs["hidden"].detach().clone()}
-    losses = vocabulary_losses(*inputs.values(), 0.0, 1.0)
-    assert losses.l1 is not None
-    assert losses.l1.max() < 1e-6
-
-
-def test_no_rows_give_zero_and_zero_gradients() -> None:
-    inputs = loss_inputs(0)
-    losses = vocabulary_losses(*inputs.values(), 0.1, 0.9)
-    losses.loss.backward()
-    assert losses.loss.item() == 0
-    assert torch.equal(inputs["markov_w2"].grad, torch.zeros(11, 3))
-
-
-def test_without_target_states_there_is_no_distance() -> None:
-    inputs = loss_inputs(4) | {"target_hidden": None}
-    assert vocabulary_losses(*inputs.values(), 1.0, 0.0).l1 is None
-    with pytest.raises(ValueError, match="target_hidden"):
-        vocabulary_losses(*inputs.values(), 1.0, 0.5)
-
-
-def test_cross_entropy_of_an_impossible_token_is_exact() -> None:
-    losses = vocabulary_losses(
-        torch.tensor([[200.0]]),
-        None,
-        torch.tensor([[1.0], [-1.0]]),
-        None,
-        torch.tensor([1]),
-        None,
-        torch.ones(1),
-        1.0,
-        0.0,
-    )
-    assert losses.ce.item() == pytest.approx(400.0)

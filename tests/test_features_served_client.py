@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import re
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 
 import pytest
 import torch
-from feature_servers import Gate, free_port, packed, padded, prepare_processes, serving, start_process
+from feature_servers import (
+    Gate,
+    QuietHandler,
+    answering,
+    free_port,
+    packed,
+    padded,
+    prepare_processes,
+    serving,
+    start_process,
+)
 from training_world import changed, tiny_run
 from transformers import AutoModelForCausalLM
 
@@ -209,9 +217,7 @@ def test_batches_in_order_with_a_lookahead(load, target, connect):
 def stand_in(handle):
     """Something that speaks HTTP and misbehaves: `handle(handler)` for each request."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
+    class Handler(QuietHandler):
         def do_GET(self):
             handle(self)
 
@@ -219,18 +225,8 @@ def stand_in(handle):
             self.rfile.read(int(self.headers["Content-Length"]))
             handle(self)
 
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with answering(Handler) as url:
+        yield url
 
 
 def answer(handler, status, body, **headers):

@@ -8,7 +8,7 @@ from conftest import token_batch
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from deepspec.data.packing import Sample, lay_out
-from deepspec.features import OnlineFeatures, build_feature_source
+from deepspec.features import OnlineFeatures
 from deepspec.targets import Target, load_target, load_target_config
 
 SIZES = {
@@ -98,8 +98,7 @@ def test_fingerprint_knows_the_weights_but_not_the_dtype(tmp_path):
 
 def test_online_source_gives_the_target_features():
     target = Target(tiny_model("qwen3"), "tiny")
-    source = build_feature_source("online", target, [0, 2])
-    assert isinstance(source, OnlineFeatures)
+    source = OnlineFeatures(target, [0, 2])
     batch = token_batch(torch.randint(0, 64, (2, 5)))
     torch.testing.assert_close(source.batch_features(batch).context, target.features(batch, [0, 2]).context)
 

@@ -17,7 +17,7 @@ from deepspec.config import ConfigError
 from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings
 from deepspec.drafts.dspark import DRAFT_CLASSES, DSparkModel, TargetWeights
 from deepspec.drafts.families import family_of
-from deepspec.files import weight_files
+from deepspec.files import download_model, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -82,16 +82,7 @@ def find_draft_folder(path: str | Path, revision: str | None = None) -> Path:
 def _download(repo: str, revision: str | None) -> Path:
     if repo.startswith(("/", ".", "~")) or repo.count("/") != 1:
         raise FileNotFoundError(f"checkpoint={repo}: no such folder")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"checkpoint={repo}: no such folder, and it could not be fetched from the Hub"
-            f"{f' at revision {revision}' if revision else ''}: {error}"
-        ) from error
+    return download_model(repo, revision, "checkpoint")
 
 
 def read_draft_config(folder: Path) -> PreTrainedConfig:

@@ -3,6 +3,6 @@
 from deepspec.features.cache_format import Rendering
 from deepspec.features.cache_reader import CachedFeatures
 from deepspec.features.queue import FeatureQueue
-from deepspec.features.source import FeatureSource, OnlineFeatures, build_feature_source
+from deepspec.features.source import FeatureSource, OnlineFeatures
 
-__all__ = ["CachedFeatures", "FeatureQueue", "FeatureSource", "OnlineFeatures", "Rendering", "build_feature_source"]
+__all__ = ["CachedFeatures", "FeatureQueue", "FeatureSource", "OnlineFeatures", "Rendering"]

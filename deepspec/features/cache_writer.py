@@ -35,7 +35,7 @@ from deepspec.features.cache_format import (
 )
 from deepspec.features.cache_plan import Survey, free_bytes
 from deepspec.features.cache_storage import STORAGES, Storage, compress
-from deepspec.files import flush_folder, sha256_of, unfinished_name, write_atomically
+from deepspec.files import flush_folder, remove_unfinished, sha256_of, unfinished_name, write_atomically
 from deepspec.targets import Target
 
 
@@ -132,8 +132,6 @@ def finish(plan: CachePlan) -> Manifest | None:
     records = [read_record(plan.folder, number) for number in range(plan.settings.shards)]
     manifest = Manifest(plan.settings, [record for record in records if record is not None])
     _write_json(plan.folder / MANIFEST, manifest.to_json())
-    for left_by_a_dead_rank in plan.folder.rglob(".*.tmp"):
-        left_by_a_dead_rank.unlink(missing_ok=True)
     return manifest
 
 
@@ -204,8 +202,8 @@ def _offsets(lengths: np.ndarray) -> Tensor:
 
 def _store(plan: CachePlan, number: int, tensors: dict[str, Tensor]) -> None:
     file = shard_file(plan.folder, number)
-    for leftover in file.parent.glob(f".{file.name}.*"):  # of a run that was killed
-        leftover.unlink()
+    remove_unfinished(file)
+    remove_unfinished(record_file(plan.folder, number))
     size, sha256 = _save(file, tensors)
     first, end = int(plan.bounds[number]), int(plan.bounds[number + 1])
     record = ShardRecord(

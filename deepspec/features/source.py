@@ -57,11 +57,3 @@ class OnlineFeatures:
 
     def close(self) -> None:
         pass
-
-
-def build_feature_source(
-    name: str, target: Target, layer_ids: Sequence[int], device: torch.device | None = None
-) -> FeatureSource:
-    """The source that `features.source` names (its values are checked by `deepspec.config.validate`)."""
-    sources = {"online": OnlineFeatures}
-    return sources[name](target, layer_ids, device)

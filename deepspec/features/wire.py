@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspec.files import safetensors_header
+
 FORMAT = 1  # of the messages; servers and trainers of different formats refuse each other
 MEDIA_TYPE = "application/octet-stream"
 TOKEN_VARIABLE = "DEEPSPEC_FEATURES_TOKEN"  # environment: a secret that servers and trainers share; unset = none
@@ -120,16 +122,9 @@ def decode_answer(message: Tensor, request: FeatureRequest, hidden_size: int) ->
 
 def encode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[memoryview]:
     """A safetensors file in pieces, the tensors' own memory among them; they must not change until it is sent."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
-    pieces, end = [], 0
-    for name, tensor in tensors.items():
-        piece = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-        start, end = end, end + len(piece)
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        pieces.append(piece)
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    return [memoryview(struct.pack("<Q", len(header)) + header), *pieces]
+    pieces = {name: tensor.contiguous().view(-1).view(torch.uint8).numpy().data for name, tensor in tensors.items()}
+    entries = {name: (_NAMES[tensor.dtype], tensor.shape, len(pieces[name])) for name, tensor in tensors.items()}
+    return [memoryview(safetensors_header(entries, metadata)), *pieces.values()]
 
 
 def decode(message: Tensor) -> tuple[dict[str, str], dict[str, Tensor]]:

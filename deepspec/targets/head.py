@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deepspec.files import weight_files
+from deepspec.files import download_model, weight_files
 from deepspec.targets.adapters import adapter_for
 from deepspec.targets.target import Target, fingerprint_of, load_target, resolve_path
 
@@ -65,27 +65,13 @@ def load_target_head(path: str, *, revision: str | None = None, dtype: torch.dty
     adapter = adapter_for(config, path)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    stored = _read_weights(_weight_folder(resolved, revision), model)
+    folder = Path(resolved)
+    stored = _read_weights(folder if folder.is_dir() else download_model(resolved, revision, "target.path"), model)
     tensors = {parameter: stored[name] for name, parameter in model.named_parameters()}
     embedding = tensors[adapter.embedding(model).weight].to(dtype)
     is_tied = adapter.head(model).weight is adapter.embedding(model).weight
     head = embedding if is_tied else tensors[adapter.head(model).weight].to(dtype)
     return TargetHead(embedding, head, fingerprint_of(stored.items()), path, revision)
-
-
-def _weight_folder(resolved: str, revision: str | None) -> Path:
-    """The folder with the weights; of a Hub id, its snapshot in the local cache, downloaded where it is not there."""
-    if Path(resolved).is_dir():
-        return Path(resolved)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(resolved, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(
-            f"target.path={resolved}: no such folder, and its weights could not be fetched from the Hub: {error}"
-        ) from error
 
 
 def _read_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:

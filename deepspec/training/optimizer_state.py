@@ -7,7 +7,6 @@ averages over the ranks: they are put together when saving and cut again when lo
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deepspec.checkpoints import CheckpointError
+from deepspec.files import safetensors_header
 from deepspec.training.devices import zero_stage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -79,16 +79,9 @@ def write_float32(
     file: Path, shapes: Mapping[str, Sequence[int]], tensors: Iterable[Tensor], metadata: dict[str, str]
 ) -> None:
     """A safetensors file of float32 tensors, one at a time in memory; the library would need all of them."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    entries = {name: ("F32", shape, 4 * math.prod(shape)) for name, shape in shapes.items()}
     with file.open("wb") as opened:
-        opened.write(len(encoded).to_bytes(8, "little"))
-        opened.write(encoded)
+        opened.write(safetensors_header(entries, metadata))
         for shape, tensor in zip(shapes.values(), tensors, strict=True):
             assert (tensor.dtype, tensor.shape) == (torch.float32, torch.Size(shape)), (tensor.dtype, tensor.shape)
             opened.write(tensor.detach().cpu().contiguous().numpy().astype("<f4", copy=False).data)

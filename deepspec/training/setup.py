@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from deepspec.config import ConfigError, TrainRun
 from deepspec.data.dataset import ConversationDataset, check_vocabulary, tokenize_conversations
 from deepspec.drafts import DraftSettings, DSparkModel, build_draft, build_draft_config, load_draft
-from deepspec.features import CachedFeatures, FeatureSource, Rendering, build_feature_source
+from deepspec.features import CachedFeatures, FeatureSource, OnlineFeatures, Rendering
 from deepspec.features.served import connect_served
 from deepspec.features.vllm import connect_vllm
+from deepspec.ranks import ranks_on_this_machine
 from deepspec.targets import Target, TargetHead, load_target, load_target_config, load_target_head, load_tokenizer
 
 CONNECT: dict[str, Callable[..., FeatureSource]] = {
@@ -75,14 +75,11 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
 
 
 def _load_target(config: TrainRun, accelerator: Accelerator) -> Target | TargetHead:
-    """The target; where its features are stored, no more of it than a draft copies; where another process computes
-    them, on the CPU, for what draft and source take from it."""
+    """The target; where its features come from elsewhere, no more of it than draft and source take from it."""
     path, revision, dtype = config.target.path, config.target.revision, getattr(torch, config.target.dtype)
-    if config.features.source == "cached":
+    if config.features.source != "online":
         return load_target_head(path, revision=revision, dtype=dtype)
-    device = torch.device("cpu")
-    if config.features.source not in CONNECT:
-        device = target_device(config.features.target_device, accelerator)
+    device = target_device(config.features.target_device, accelerator)
     return load_target(path, revision=revision, dtype=dtype, device=device)
 
 
@@ -94,11 +91,11 @@ def _feature_source(
     device: torch.device,
 ) -> FeatureSource:
     layer_ids = DraftSettings.of(draft_config).target_layer_ids
-    connect = CONNECT.get(config.features.source)
-    if connect is not None:
-        return connect(config.features, target, layer_ids, device=device, max_length=config.data.max_length)
     if isinstance(target, Target):
-        return build_feature_source(config.features.source, target, layer_ids, device)
+        return OnlineFeatures(target, layer_ids, device)
+    if config.features.source in CONNECT:
+        connect = CONNECT[config.features.source]
+        return connect(config.features, target, layer_ids, device=device, max_length=config.data.max_length)
     return CachedFeatures(
         config.features.cache_dir,
         target_fingerprint=target.fingerprint,
@@ -117,9 +114,10 @@ def target_device(name: str, accelerator: Accelerator) -> torch.device:
     """
     if name == "same":
         return accelerator.device
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
-        device = torch.device(f"cuda:{accelerator.local_process_index + ranks_here}" if name == "own" else name)
+        device = torch.device(
+            f"cuda:{accelerator.local_process_index + ranks_on_this_machine()}" if name == "own" else name
+        )
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
