@@ -114,6 +114,9 @@ class DecodeConfig:
     max_length: int | None = None  # prompt + new tokens that a slot can hold; null = as long as this run needs
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off
+    min_p: float = 0.0  # tokens less likely than this share of the likeliest one are dropped; 0 = off
+    repetition_penalty: float = 1.0  # divides the positive logits of tokens that were there before; 1 = off
+    stop_strings: list[str] = field(default_factory=list)  # an answer ends with the token that completes one
     confidence_threshold: float = 0.0  # stop proposing at the first token whose confidence is below; 0 = always gamma
     verification: str = "token"  # token or block
 
@@ -226,6 +229,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "decode.max_length": (2, None),
     "decode.top_k": (0, None),
     "decode.top_p": (1e-6, 1),
+    "decode.min_p": (0, 1),
+    "decode.repetition_penalty": (0.01, 100),
     "decode.confidence_threshold": (0, 1),
     "eval.limit": (1, None),
     "eval.temperatures": (0, None),
@@ -263,6 +268,8 @@ def validate(config: TrainRun | EvalRun) -> None:
                 _check_range(key, number)
     if isinstance(config, TrainRun):
         _validate_training(config)
+    elif "" in config.decode.stop_strings:
+        raise ConfigError(f"decode.stop_strings={config.decode.stop_strings}: an empty string would end every answer")
 
 
 def _check_range(key: str, number: float | None) -> None:

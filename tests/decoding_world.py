@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -40,14 +42,31 @@ def random_draft(target: Target, *, seed: int = 1, scale: float = 0.3, **changes
     return draft
 
 
-def warped(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Float64 probabilities after the warpers of Transformers' `generate`: [rows, vocab] -> same shape."""
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+def warped(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    prefixes: Tensor | None = None,
+) -> Tensor:
+    """Float64 probabilities after the processors of Transformers' `generate`, in its order: [rows, vocab] -> same shape.
+
+    `prefixes` [rows, tokens] is what the repetition penalty looks at.
+    """
+    processors = LogitsProcessorList()
+    if repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
+    processors.append(TemperatureLogitsWarper(temperature))
     if top_k:
-        warpers.append(TopKLogitsWarper(top_k))
+        processors.append(TopKLogitsWarper(top_k))
     if top_p < 1:
-        warpers.append(TopPLogitsWarper(top_p))
-    return torch.softmax(warpers(torch.zeros(len(logits), 1, dtype=torch.long), logits.double()), dim=-1)
+        processors.append(TopPLogitsWarper(top_p))
+    if min_p:
+        processors.append(MinPLogitsWarper(min_p))
+    read = torch.zeros(len(logits), 1, dtype=torch.long) if prefixes is None else prefixes
+    return torch.softmax(processors(read, logits.double()), dim=-1)
 
 
 def g_test(outcomes: Tensor | Sequence[int], probabilities: Tensor) -> float:

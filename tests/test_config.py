@@ -38,6 +38,20 @@ def test_eval_config_composes():
     validate(composed("eval", EvalRun, ["checkpoint=x"]))
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("decode.min_p=1.2", "decode.min_p=1.2: must be at least 0 and at most 1"),
+        ("decode.repetition_penalty=0", "decode.repetition_penalty=0.0: must be at least 0.01 and at most 100"),
+        ("decode.stop_strings=[a,'']", "an empty string would end every answer"),
+    ],
+)
+def test_impossible_evaluation(override, expected):
+    with pytest.raises(ConfigError) as error:
+        validate(composed("eval", EvalRun, ["checkpoint=x", override]))
+    assert expected in str(error.value)
+
+
 def test_ranges_and_choices_name_existing_keys():
     keys = set(leaf_types(TrainRun)) | set(leaf_types(EvalRun))
     assert set(CHOICES) <= keys

@@ -36,14 +36,19 @@ def engine_of(target, draft, **options) -> SpeculativeEngine:
 
 def mixed_requests(vocab: int, count: int = 11) -> list[Request]:
     generator = torch.Generator().manual_seed(3)
-    settings = [(1.0, 0, 1.0), (0.7, 20, 0.8), (0.0, 0, 1.0), (1.3, 0, 1.0)]
+    settings = [
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8},
+        {"temperature": 0.0},
+        {"temperature": 1.3, "min_p": 0.05},
+        {"temperature": 0.0, "repetition_penalty": 1.4},
+        {"temperature": 0.8, "top_p": 0.95, "min_p": 0.1, "repetition_penalty": 1.1},
+    ]
     requests = []
     for i in range(count):
         prompt = torch.randint(0, vocab, (1 + 2 * i,), generator=generator).tolist()
-        temperature, top_k, top_p = settings[i % 4]
-        requests.append(
-            Request(prompt, 4 + (5 * i) % 17, temperature, top_k, top_p, seed=i, stop_token_ids=(7, 300 + i))
-        )
+        limit = 4 + (5 * i) % 17
+        requests.append(Request(prompt, limit, **settings[i % len(settings)], seed=i, stop_token_ids=(7, 300 + i)))
     return requests
 
 
@@ -257,12 +262,22 @@ def test_requests_that_cannot_be_decoded(target, draft):
         engine.generate([Request([1] * 40, 20)])
     with pytest.raises(ValueError, match=r"request 0: token ids from 1 to 61, but target .* knows 0 to 60"):
         engine.generate([Request([1, 61], 5)])
+    with pytest.raises(ValueError, match="request 1: stop_strings need text; make the engine with decode="):
+        engine.generate([good, Request([1, 2], 5, stop_strings=("a",))])
     for settings, message in (
         ({"temperature": -0.1}, "temperature=-0.1: must be 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
         ({"top_k": -1}, "top_k=-1: must be 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+        ({"min_p": -0.1}, r"min_p=-0.1: must be 0 \(off\) to 1"),
+        ({"min_p": 1.1}, "min_p=1.1: must be 0"),
+        ({"min_p": float("nan")}, "min_p=nan"),
+        ({"repetition_penalty": 0.0}, r"repetition_penalty=0.0: must be 0.01 to 100 \(1 = off\)"),
+        ({"repetition_penalty": -1.2}, "repetition_penalty=-1.2"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty=inf"),
+        ({"stop_strings": "end"}, "stop_strings='end': must be a tuple of strings that are not empty"),
+        ({"stop_strings": ("end", "")}, r"stop_strings=\('end', ''\): must be"),
     ):
         with pytest.raises(ValueError, match=message):
             Request(**({"prompt_ids": [1], "max_new_tokens": 5} | settings))

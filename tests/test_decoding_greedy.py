@@ -31,7 +31,7 @@ def case(request, golden_target):
     return target, draft, requests, [generated(target, prompt, new_tokens) for prompt in prompts]
 
 
-def generated(target, prompt: list[int], new_tokens: int) -> list[int]:
+def generated(target, prompt: list[int], new_tokens: int, **options) -> list[int]:
     ids = torch.tensor([prompt])
     output = target.model.generate(
         ids,
@@ -40,6 +40,7 @@ def generated(target, prompt: list[int], new_tokens: int) -> list[int]:
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
+        **options,
     )
     return output[0, len(prompt) :].tolist()
 
@@ -71,3 +72,21 @@ def test_greedy_rows_beside_sampled_rows_are_still_greedy(case):
     )
     assert [completion.output_ids for completion in completions][::2] == expected[:12:2]
     assert [completion.output_ids for completion in completions][1::2] != expected[1:12:2]
+
+
+@pytest.mark.parametrize("is_speculative", [True, False])
+def test_greedy_output_with_a_repetition_penalty_equals_generate(case, is_speculative):
+    target, draft, requests, free = case
+    requests = [
+        replace(request, max_new_tokens=20, repetition_penalty=(1.3, 1.0, 1.05, 0.8)[i % 4])
+        for i, request in enumerate(requests[:20])
+    ]
+    expected = [generated(target, r.prompt_ids, 20, repetition_penalty=r.repetition_penalty) for r in requests]
+    proposer = DSparkProposer(draft, target) if is_speculative else None
+    completions = SpeculativeEngine(target, proposer, slots=6, max_length=LONGEST + 30).generate(requests)
+    assert [completion.output_ids for completion in completions] == expected
+    changed = [output[: len(plain)] != plain for output, plain in zip(expected, free, strict=False)]
+    assert sum(changed) >= 5
+    assert not any(changed[1::4])
+    if is_speculative:
+        assert any(r.accepted for completion in completions[::4] for r in completion.rounds)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from decoding_world import g_test, random_draft, random_target, warped
 
-from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
-from deepspec.decoding.sampling import sample
+from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, proposers
+from deepspec.decoding.penalties import RepetitionPenalty
+from deepspec.decoding.sampling import draw, probabilities, sample
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, verify_greedy, verify_tokens
 
 VOCAB, TOKENS = 8, 3
@@ -38,26 +42,26 @@ def draft(target):
     )
 
 
-def exact(target, temperature: float, top_k: int, top_p: float) -> list[torch.Tensor]:
+def exact(target, sampling: dict[str, Any]) -> list[torch.Tensor]:
     """Joint probabilities of the first one, two and three tokens, from uncached forward passes."""
     prefixes, joint, joints = torch.tensor([PROMPT]), torch.ones(1, dtype=torch.float64), []
     for _ in range(TOKENS):
         logits = target.model(prefixes, use_cache=False).logits[:, -1]
-        joint = (joint[:, None] * warped(logits, temperature, top_k, top_p)).flatten()
+        joint = (joint[:, None] * warped(logits, **sampling, prefixes=prefixes)).flatten()
         joints.append(joint)
         following = torch.arange(VOCAB).repeat(len(prefixes))[:, None]
         prefixes = torch.cat([prefixes.repeat_interleave(VOCAB, 0), following], dim=1)
     return joints
 
 
-def p_values(engine, target, temperature: float, top_k: int, top_p: float) -> list[float]:
-    requests = [Request(PROMPT, TOKENS, temperature, top_k, top_p, seed=seed) for seed in range(REQUESTS)]
+def p_values(engine, target, sampling: dict[str, Any]) -> list[float]:
+    requests = [Request(PROMPT, TOKENS, **sampling, seed=seed) for seed in range(REQUESTS)]
     completions = engine.generate(requests)
     outcomes = torch.tensor([completion.output_ids for completion in completions])
     assert any(r.accepted for completion in completions for r in completion.rounds)
     assert any(r.accepted < r.proposed for completion in completions for r in completion.rounds)
     code, values = torch.zeros(REQUESTS, dtype=torch.long), []
-    joints = exact(target, temperature, top_k, top_p)
+    joints = exact(target, sampling)
     for position in range(TOKENS):
         code = code * VOCAB + outcomes[:, position]
         values.append(g_test(code, joints[position]))
@@ -77,19 +81,48 @@ def median_confidence(target, draft) -> float:
     return float(torch.tensor(confidences).median())
 
 
+PLAIN = {"temperature": 1.0}
+TRUNCATED = {"temperature": 0.7, "top_k": 6, "top_p": 0.9}
+MIN_P = {"temperature": 0.8, "min_p": 0.15}
+PENALISED = {"temperature": 1.0, "repetition_penalty": 1.8}
+EVERYTHING = {"temperature": 1.2, "top_k": 7, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 0.6}
+
+
 @pytest.mark.parametrize(
     ("verification", "is_cut", "sampling"),
     [
-        ("token", False, (1.0, 0, 1.0)),
-        ("token", True, (0.7, 6, 0.9)),
-        ("block", False, (0.7, 6, 0.9)),
-        ("block", True, (1.0, 0, 1.0)),
+        ("token", False, PLAIN),
+        ("token", True, TRUNCATED),
+        ("block", False, TRUNCATED),
+        ("block", True, PLAIN),
+        ("token", False, MIN_P),
+        ("block", True, MIN_P),
+        ("token", True, PENALISED),
+        ("block", False, PENALISED),
+        ("token", False, EVERYTHING),
+        ("block", False, EVERYTHING),
     ],
 )
 def test_sampled_output_follows_the_target(target, draft, verification, is_cut, sampling):
     threshold = median_confidence(target, draft) if is_cut else 0.0
     engine = engine_of(target, draft, verification=verification, confidence_threshold=threshold)
-    values = p_values(engine, target, *sampling)
+    values = p_values(engine, target, sampling)
+    assert min(values) > ACCEPTABLE, values
+
+
+def test_a_draft_without_a_sequential_head_may_penalise_all_slots_alike(target):
+    parallel = random_draft(
+        target,
+        algorithm="dflash",
+        num_layers=1,
+        block_size=2,
+        target_layer_ids=[0, 1],
+        mask_token_id=0,
+        markov_rank=0,
+        confidence_head=False,
+        seed=2,
+    )
+    values = p_values(engine_of(target, parallel), target, PENALISED)
     assert min(values) > ACCEPTABLE, values
 
 
@@ -110,7 +143,7 @@ def one_percent_shift(tokens, draft, target, lengths, accept, after) -> Verdict:
 @pytest.mark.parametrize("broken", [accept_the_likeliest, one_percent_shift])
 def test_a_broken_rule_is_noticed(target, draft, broken, monkeypatch):
     monkeypatch.setitem(VERIFICATION_RULES, "token", broken)
-    values = p_values(engine_of(target, draft), target, 1.0, 0, 1.0)
+    values = p_values(engine_of(target, draft), target, PLAIN)
     assert min(values) < REJECTED, values
 
 
@@ -126,5 +159,25 @@ def test_a_draft_that_lies_about_its_distribution_is_noticed(target, draft, monk
         return proposal
 
     monkeypatch.setattr(engine.proposer, "propose", lying)
-    values = p_values(engine, target, 1.0, 0, 1.0)
+    values = p_values(engine, target, PLAIN)
+    assert min(values) < REJECTED, values
+
+
+@pytest.mark.parametrize("verification", ["token", "block"])
+def test_a_penalty_that_forgets_the_drafted_tokens_is_noticed(target, draft, verification, monkeypatch):
+    """Every position judged by what was seen before the round."""
+    monkeypatch.setattr(RepetitionPenalty, "apply_along", lambda penalty, logits, ids: penalty.apply(logits))
+    values = p_values(engine_of(target, draft, verification=verification), target, PENALISED)
+    assert min(values) < REJECTED, values
+
+
+@pytest.mark.parametrize("verification", ["token", "block"])
+def test_a_draft_that_hides_its_min_p_is_noticed(target, draft, verification, monkeypatch):
+    """Tokens drawn after min-p, judged by the probabilities before it."""
+
+    def hiding(logits, settings, uniform):
+        return draw(logits, settings, uniform)[0], probabilities(logits, replace(settings, any_min_p=False))
+
+    monkeypatch.setattr(proposers, "draw", hiding)
+    values = p_values(engine_of(target, draft, verification=verification), target, MIN_P)
     assert min(values) < REJECTED, values

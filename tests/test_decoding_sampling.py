@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from decoding_world import warped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepspec.decoding.requests import Request
 from deepspec.decoding.sampling import LARGEST_UNIFORM, SamplingSettings, UniformStream, draw, probabilities, sample
 
 VOCAB = 50
 
 
-def settings_of(*rows: tuple[float, int, float], vocab: int = VOCAB) -> SamplingSettings:
-    temperatures, top_ks, top_ps = zip(*rows, strict=True)
-    return SamplingSettings.of_rows(temperatures, top_ks, top_ps, vocab, torch.device("cpu"))
+def settings_of(*rows: dict[str, Any], vocab: int = VOCAB) -> SamplingSettings:
+    return SamplingSettings.of_requests([Request([0], 1, **row) for row in rows], vocab, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.7, 0, 1.0), (0.7, 20, 0.8), (1.0, 5, 1.0), (1.3, 0, 0.5), (1.0, 1, 1.0), (0.05, 0, 0.999)],
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 0, 1.0, 0.0),
+        (0.7, 20, 0.8, 0.0),
+        (1.0, 5, 1.0, 0.0),
+        (1.3, 0, 0.5, 0.0),
+        (1.0, 1, 1.0, 0.0),
+        (0.05, 0, 0.999, 0.0),
+        (1.0, 0, 1.0, 0.05),
+        (0.7, 0, 1.0, 0.3),
+        (1.5, 30, 0.95, 0.02),
+        (2.0, 10, 1.0, 0.1),
+        (1.0, 0, 1.0, 1.0),
+    ],
 )
-def test_distribution_equals_the_warpers_of_transformers(temperature, top_k, top_p):
+def test_distribution_equals_the_warpers_of_transformers(temperature, top_k, top_p, min_p):
+    row = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     logits = 3 * torch.randn(40, VOCAB, generator=torch.Generator().manual_seed(0))
-    ours = probabilities(logits.view(8, 5, VOCAB), settings_of(*[(temperature, top_k, top_p)] * 8)).view(40, VOCAB)
-    expected = warped(logits, temperature, top_k, top_p)
+    ours = probabilities(logits.view(8, 5, VOCAB), settings_of(*[row] * 8)).view(40, VOCAB)
+    expected = warped(logits, **row)
     assert ours.dtype == torch.float32
     assert torch.equal(ours > 0, expected.float() > 0)
     torch.testing.assert_close(ours.double(), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_min_p_looks_at_what_top_p_has_kept():
+    """Dropping first would leave the two likeliest tokens 8/9 of the mass, and top-p the first of them alone."""
+    logits = torch.tensor([[[0.4, 0.4, 0.1, 0.1]]]).log()
+    kept = probabilities(logits, settings_of({"temperature": 1.0, "top_p": 0.85, "min_p": 0.2}, vocab=4))
+    assert kept.gt(0).tolist() == [[[True, True, True, True]]]
+
+
 def test_rows_keep_their_own_settings():
-    rows = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 3, 1.0), (0.0, 4, 0.3), (1.5, 0, 0.6)]
+    rows = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 3},
+        {"temperature": 0.0, "top_k": 4, "top_p": 0.3, "min_p": 0.5},
+        {"temperature": 1.5, "top_p": 0.6},
+        {"temperature": 0.9, "min_p": 0.2},
+        {"temperature": 0.9, "top_k": 9, "min_p": 0.2},
+    ]
     logits = torch.randn(len(rows), 3, VOCAB, generator=torch.Generator().manual_seed(1))
     together = probabilities(logits, settings_of(*rows))
     for i, row in enumerate(rows):
@@ -41,20 +72,65 @@ def test_rows_keep_their_own_settings():
     assert torch.equal(together[0].argmax(-1), logits[0].argmax(-1))
 
 
+REQUEST_SETTINGS = st.fixed_dictionaries(
+    {
+        "temperature": st.one_of(st.just(0.0), st.just(1.0), st.floats(0.05, 5)),
+        "top_k": st.integers(0, 12),
+        "top_p": st.one_of(st.just(1.0), st.floats(0.01, 1)),
+        "min_p": st.one_of(st.just(0.0), st.floats(0, 1)),
+    }
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), st.integers(1, 10), st.lists(REQUEST_SETTINGS, min_size=1, max_size=3))
+def test_any_distribution_is_the_softmax_cut_at_a_border(data, vocab, rows):
+    one_row = st.lists(st.floats(-30, 30, width=16), min_size=vocab, max_size=vocab)
+    logits = torch.tensor(data.draw(st.lists(one_row, min_size=len(rows), max_size=len(rows))))[:, None]
+    together = probabilities(logits, settings_of(*rows, vocab=vocab))
+    for i, row in enumerate(rows):
+        ours, theirs = together[i, 0], logits[i, 0]
+        assert torch.equal(ours, probabilities(logits[i : i + 1], settings_of(row, vocab=vocab))[0, 0])
+        if row["temperature"] == 0:
+            assert ours.tolist() == torch.eye(vocab)[theirs.argmax()].tolist()
+            continue
+        whole, kept = torch.softmax(theirs / row["temperature"], 0), ours > 0
+        torch.testing.assert_close(ours[kept], whole[kept] / whole[kept].sum(), rtol=1e-4, atol=1e-12)
+        assert kept[theirs.argmax()]
+        border = whole[kept].min()
+        assert not (~kept & (whole > border)).any()
+        assert border >= row["min_p"] * whole.max() * (1 - 1e-5)
+        dropped = whole[~kept & (whole > 0)]
+        if len(dropped):  # some setting wanted the likeliest dropped one out
+            likeliest, more_likely = dropped.max(), whole[whole > dropped.max()]
+            of_top_k = whole.topk(min(row["top_k"] or vocab, vocab)).values
+            assert (
+                (row["top_k"] and len(more_likely) >= row["top_k"])
+                or (row["top_p"] < 1 and more_likely.sum() >= row["top_p"] * of_top_k.sum() * (1 - 1e-5))
+                or likeliest <= row["min_p"] * whole.max() * (1 + 1e-5)
+            )
+
+
+def test_top_k_alone_keeps_tokens_of_any_small_probability():
+    logits = torch.tensor([[[0.0, -25.0, -26.0, -27.0]]])
+    kept = probabilities(logits, settings_of({"temperature": 1.0, "top_k": 3}, vocab=4))
+    assert kept.gt(0).tolist() == [[[True, True, True, False]]]
+
+
 def test_half_precision_logits_are_widened_first():
     logits = torch.randn(1, 1, VOCAB).bfloat16()
-    result = probabilities(logits, settings_of((0.6, 0, 1.0)))
-    torch.testing.assert_close(result[0].double(), warped(logits[0].float(), 0.6, 0, 1.0), atol=1e-6, rtol=1e-5)
+    result = probabilities(logits, settings_of({"temperature": 0.6}))
+    torch.testing.assert_close(result[0].double(), warped(logits[0].float(), 0.6), atol=1e-6, rtol=1e-5)
 
 
 def test_a_tiny_temperature_stays_finite():
     logits = torch.tensor([[[3.0, 500.0, -1e4]]])
-    assert probabilities(logits, settings_of((1e-44, 0, 1.0), vocab=3)).tolist() == [[[0.0, 1.0, 0.0]]]
+    assert probabilities(logits, settings_of({"temperature": 1e-44}, vocab=3)).tolist() == [[[0.0, 1.0, 0.0]]]
 
 
 def test_greedy_rows_alone_never_write_a_distribution_down():
     logits = torch.randn(2, 3, VOCAB)
-    tokens, distribution = draw(logits, settings_of((0.0, 0, 1.0), (0.0, 5, 0.5)), None)
+    tokens, distribution = draw(logits, settings_of({}, {"top_k": 5, "top_p": 0.5, "min_p": 0.5}), None)
     assert distribution is None
     assert torch.equal(tokens, logits.argmax(-1))
 

@@ -8,6 +8,7 @@ from decoding_world import g_test, warped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepspec.decoding.requests import Request
 from deepspec.decoding.sampling import SamplingSettings, probabilities, sample
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, verify_block, verify_greedy, verify_tokens
 
@@ -112,7 +113,7 @@ class Tables:
 
     def distribution(self, logits: torch.Tensor) -> torch.Tensor:
         """As the engine computes it, float32."""
-        one = SamplingSettings.of_rows(*([value] for value in self.settings), VOCAB, torch.device("cpu"))
+        one = SamplingSettings.of_requests([Request([0], 1, *self.settings)], VOCAB, torch.device("cpu"))
         return probabilities(logits[None], one)[0]
 
     def exact(self, length: int) -> torch.Tensor:

@@ -17,10 +17,12 @@ from torch import Tensor
 from deepspec.config import near_match
 from deepspec.decoding.attention import SLOTS
 from deepspec.decoding.cache import SlotCache, Span
+from deepspec.decoding.penalties import seen_in
 from deepspec.decoding.proposers import Proposal, Proposer
 from deepspec.decoding.requests import Completion, Request, Timing
 from deepspec.decoding.rows import Row
 from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw, probabilities
+from deepspec.decoding.stopping import Decode, StopCondition
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, verify_greedy
 from deepspec.targets import Target, attend_with
 
@@ -37,6 +39,7 @@ class SpeculativeEngine:
         max_length: int,
         confidence_threshold: float = 0.0,
         verification: str = "token",
+        decode: Decode | None = None,
     ):
         """
         Args:
@@ -44,6 +47,7 @@ class SpeculativeEngine:
             max_length: positions per slot; a request needs prompt + max_new_tokens + block_size of them.
             confidence_threshold: propose only up to the first token whose confidence is below; 0 = always block_size.
             verification: token or block.
+            decode: token ids to text, for requests with stop strings.
 
         Raises:
             ValueError: the target has layers without full attention, there is no such verification rule, or a threshold
@@ -55,6 +59,7 @@ class SpeculativeEngine:
         self.slots = slots
         self.max_length = max_length
         self.confidence_threshold = confidence_threshold
+        self.decode = decode
         self.block_size = proposer.block_size if proposer else 0
         self.timing = Timing()
         self._layer_ids = tuple(proposer.layer_ids) if proposer else ()
@@ -63,6 +68,7 @@ class SpeculativeEngine:
         self._cache = SlotCache(target.config, slots, max_length, target.dtype, self._device)
         self._columns = torch.arange(max_length, device=self._device)
         self._settings: SamplingSettings | None = None  # of the active rows; None = they have changed
+        self._seen: Tensor | None = None  # bool [slots, vocab], of slots with a repetition penalty; None = no such yet
         if proposer:
             proposer.allocate(slots, max_length)
 
@@ -76,7 +82,8 @@ class SpeculativeEngine:
         are not finite ends with the finish reason `error`; the others go on.
 
         Raises:
-            ValueError: a request with an empty prompt, with unknown tokens, or that does not fit a slot.
+            ValueError: a request with an empty prompt, with unknown tokens, that does not fit a slot, or with stop
+                strings where the engine cannot decode.
         """
         for index, request in enumerate(requests):
             self._check(index, request)
@@ -108,6 +115,10 @@ class SpeculativeEngine:
                 f"request {index}: token ids from {min(prompt)} to {max(prompt)}, but target "
                 f"{self.target.name_or_path} knows 0 to {self.target.vocab_size - 1}; use the target's own tokenizer"
             )
+        if request.stop_strings and self.decode is None:
+            raise ValueError(
+                f"request {index}: stop_strings need text; make the engine with decode=, the tokenizer's decode"
+            )
         needed = len(prompt) + request.max_new_tokens + self.block_size
         if needed > self.max_length:
             raise ValueError(
@@ -134,9 +145,14 @@ class SpeculativeEngine:
         ends = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=self._device)
         final = features.final.gather(1, ends[..., None].expand(-1, -1, features.final.shape[-1]))
         logits = self.target.logits(final)
-        settings = self._settings_of(entering)
+        is_penalised = any(row.request.repetition_penalty != 1 for row in entering)
+        seen = seen_in(ids, ends + 1, self.target.vocab_size) if is_penalised else None
+        settings = self._settings_of(entering, seen)
         uniform = self._uniform(entering, settings)
-        tokens, _ = draw(logits, settings, None if uniform is None else uniform[:, -1:])
+        penalised = settings.penalty.apply(logits) if settings.penalty else logits
+        tokens, _ = draw(penalised, settings, None if uniform is None else uniform[:, -1:])
+        if settings.penalty:
+            self._remember(slots, settings.penalty.after(tokens).seen)
         for slot, row, (token, finite) in zip(
             slots, entering, torch.cat([tokens, _finite(logits)], dim=1).tolist(), strict=True
         ):
@@ -153,7 +169,14 @@ class SpeculativeEngine:
 
     def _new_row(self, index: int, request: Request) -> Row:
         stream = UniformStream(request.seed, 2 * self.block_size + 1) if request.temperature > 0 else None
-        return Row(index, request, stream, len(request.prompt_ids))
+        stop = StopCondition(request.stop_token_ids, request.stop_strings, self.decode)
+        return Row(index, request, stream, stop, len(request.prompt_ids))
+
+    def _remember(self, slots: list[int], seen: Tensor) -> None:
+        """Store which tokens, bool [rows, vocab], the prompts in these slots hold."""
+        if self._seen is None:
+            self._seen = torch.zeros(self.slots, self.target.vocab_size, dtype=torch.bool, device=self._device)
+        self._seen[slots] = seen
 
     def _without_gaps(self, rows: list[Row | None]) -> list[Row]:
         """Move the last rows into free slots, so that the active slots are the first ones. Only when nobody waits."""
@@ -164,6 +187,8 @@ class SpeculativeEngine:
                     self._cache.store.move(len(rows), slot, last.length)
                     if self.proposer:
                         self.proposer.move(len(rows), slot, last.length)
+                    if self._seen is not None:
+                        self._seen[slot] = self._seen[len(rows)]
                     rows[slot] = last
         return [row for row in rows if row is not None]
 
@@ -171,7 +196,7 @@ class SpeculativeEngine:
         """Draft, verify in one target pass, keep."""
         started = time.perf_counter()
         if self._settings is None:
-            self._settings = self._settings_of(rows)
+            self._settings = self._settings_of(rows, None if self._seen is None else self._seen[: len(rows)])
         settings, size = self._settings, self.block_size
         starts = [row.length for row in rows]
         anchors, lengths = torch.tensor([[row.anchor for row in rows], starts], device=self._device)
@@ -192,6 +217,8 @@ class SpeculativeEngine:
         )
         logits = self.target.logits(features.final)
         finite = _finite(logits)
+        if settings.penalty:
+            logits = settings.penalty.apply_along(logits, ids)
         if proposal is None or drafted == 0:
             token, _ = draw(logits, settings, None if uniform is None else uniform[:, -1:])
             verdict = Verdict(torch.zeros_like(lengths), token[:, 0])
@@ -199,6 +226,8 @@ class SpeculativeEngine:
             verdict = self._verdict(proposal, proposed, drafted, logits, settings, uniform)
             if proposal.probabilities is not None:
                 finite = finite & _finite(proposal.probabilities)
+        if settings.penalty:
+            settings.penalty.keep(ids, verdict.accepted, verdict.next_token)
         if self.proposer:
             self.proposer.observe(span, features.context)
         outcome = torch.cat([finite, verdict.accepted[:, None], verdict.next_token[:, None], ids[:, 1:]], 1).tolist()
@@ -257,15 +286,9 @@ class SpeculativeEngine:
         drawn = [row.uniform() for row in rows]
         return torch.stack([unused if u is None else u for u in drawn]).to(self._device)
 
-    def _settings_of(self, rows: list[Row]) -> SamplingSettings:
+    def _settings_of(self, rows: list[Row], seen: Tensor | None) -> SamplingSettings:
         requests = [row.request for row in rows]
-        return SamplingSettings.of_rows(
-            [request.temperature for request in requests],
-            [request.top_k for request in requests],
-            [request.top_p for request in requests],
-            self.target.vocab_size,
-            self._device,
-        )
+        return SamplingSettings.of_requests(requests, self.target.vocab_size, self._device, seen)
 
 
 def _finite(values: Tensor) -> Tensor:

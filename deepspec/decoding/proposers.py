@@ -103,6 +103,8 @@ class DSparkProposer:
         hidden = self.draft.draft_block(anchors, positions, context)
         logits = self.draft.base_logits(hidden)
         if self.draft.markov_head is None:
+            if settings.penalty:
+                logits = settings.penalty.apply(logits)
             tokens, distribution = draw(logits, settings, uniform)
             return Proposal(tokens, distribution, self._confidences(hidden, None))
         return self._sequential(anchors, hidden, logits, settings, uniform)
@@ -130,13 +132,17 @@ class DSparkProposer:
         """
         head = self.draft.markov_head
         assert head is not None
-        previous, distributions = [anchors[:, None]], []
+        previous, distributions, penalty = [anchors[:, None]], [], settings.penalty
         state = head.initial_state(hidden[:, :1])
         for slot in range(self.block_size):
             here = slice(slot, slot + 1)
             latent, state = head.step(previous[-1], hidden[:, here], state)
             biased = logits[:, here] + head.bias(latent)
+            if penalty:
+                biased = penalty.apply(biased)
             token, distribution = draw(biased, settings, None if uniform is None else uniform[:, here])
+            if penalty:
+                penalty = penalty.after(token)
             previous.append(token)
             distributions.append(distribution)
         tokens = torch.cat(previous, dim=1)  # anchor first

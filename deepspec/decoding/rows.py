@@ -8,6 +8,7 @@ from torch import Tensor
 
 from deepspec.decoding.requests import Completion, Request, Round
 from deepspec.decoding.sampling import UniformStream
+from deepspec.decoding.stopping import StopCondition
 
 
 @dataclass
@@ -17,6 +18,7 @@ class Row:
     index: int  # among the requests of this call
     request: Request
     stream: UniformStream | None  # None = greedy
+    stop: StopCondition
     length: int
     anchor: int = -1
     completion: Completion = field(default_factory=Completion)
@@ -30,28 +32,28 @@ class Row:
 
     def begin(self, token: int) -> None:
         """Book the token of the prefill pass."""
-        self._emit([token])
+        self._emit([token], self.stop.end([], [token]) is not None)
 
     def advance(self, proposed: int, kept: list[int], next_token: int, confidences: list[float] | None) -> None:
         """Book one round: `kept` of the `proposed` drafted tokens, and the token after them."""
-        stop = next((i + 1 for i, token in enumerate(kept) if token in self.request.stop_token_ids), None)
-        if stop is not None:
-            proposed, kept = stop, kept[:stop]
-        new = kept if stop is not None else [*kept, next_token]
+        new = [*kept, next_token]
+        end = self.stop.end(self.completion.output_ids, new)
+        if end is not None and end <= len(kept):
+            proposed, kept, new = end, kept[:end], kept[:end]
         emitted = min(len(new), self.request.max_new_tokens - len(self.completion.output_ids))
         of_proposed = None if confidences is None else confidences[:proposed]
         self.completion.rounds.append(Round(proposed, len(kept), emitted, of_proposed))
         self.length += len(new)
-        self._emit(new[:emitted])
+        self._emit(new[:emitted], end is not None and end <= emitted)
 
     def fail(self) -> None:
         """End the request; what it wrote before stays."""
         self.completion.finish_reason = "error"
 
-    def _emit(self, tokens: list[int]) -> None:
+    def _emit(self, tokens: list[int], stopped: bool) -> None:
         self.completion.output_ids += tokens
         self.anchor = tokens[-1]
-        if tokens[-1] in self.request.stop_token_ids:
+        if stopped:
             self.completion.finish_reason = "stop"
         elif len(self.completion.output_ids) >= self.request.max_new_tokens:
             self.completion.finish_reason = "length"

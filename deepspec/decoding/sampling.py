@@ -1,5 +1,7 @@
 """From logits to the distribution that is sampled from, and sampling from exactly that distribution.
 
+The order is that of Transformers' `generate`: repetition penalty (`deepspec.decoding.penalties`, on the logits, before
+they come here), temperature, top-k, top-p, min-p; each step renormalises what the one before it has kept.
 Draft and target pass through the same functions, so the acceptance test compares the very probabilities that drew the
 token. Temperature 0 is the one-hot distribution of the largest logit. A batch of greedy rows alone takes the argmax
 instead and never writes the distribution down.
@@ -13,6 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deepspec.decoding.penalties import RepetitionPenalty
+from deepspec.decoding.requests import Request
+
 LARGEST_UNIFORM = 1 - 2.0**-52  # so that uniform * total is below total in float64 for every total
 SMALLEST_TEMPERATURE = 1e-30  # keeps logits / temperature finite
 
@@ -24,51 +29,62 @@ class SamplingSettings:
     temperature: Tensor  # [rows, 1, 1], 1 where greedy
     greedy: Tensor  # bool [rows, 1, 1]
     top_k: Tensor  # long [rows, 1, 1], the vocabulary size where off
-    top_p: Tensor  # [rows, 1, 1], 1 where off
+    top_p: Tensor  # [rows, 1, 1], infinite where off
     truncated: Tensor  # bool [rows, 1, 1], where top-k or top-p is on
+    min_p: Tensor  # [rows, 1, 1], 0 where off
+    penalty: RepetitionPenalty | None  # None = no row has one
     all_greedy: bool
     any_greedy: bool
     any_scaled: bool
     any_truncated: bool
+    any_min_p: bool
 
     @classmethod
-    def of_rows(
-        cls,
-        temperatures: Sequence[float],
-        top_ks: Sequence[int],
-        top_ps: Sequence[float],
-        vocab: int,
-        device: torch.device,
+    def of_requests(
+        cls, requests: Sequence[Request], vocab: int, device: torch.device, seen: Tensor | None = None
     ) -> SamplingSettings:
-        """Args: one temperature (0 = greedy), top-k (0 = off) and top-p (1 = off) per row."""
+        """Args: `seen` [rows, vocab] as of `RepetitionPenalty`; needed when a request has a penalty."""
 
         def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device).view(-1, 1, 1)
 
-        sampled = [t > 0 for t in temperatures]
-        truncated = [s and bool(k or p < 1) for s, k, p in zip(sampled, top_ks, top_ps, strict=True)]
+        sampled = [r.temperature > 0 for r in requests]
+        truncated = [bool(s and (r.top_k or r.top_p < 1)) for s, r in zip(sampled, requests, strict=True)]
+        min_ps = [r.min_p if s else 0.0 for s, r in zip(sampled, requests, strict=True)]
+        temperatures = [max(r.temperature, SMALLEST_TEMPERATURE) if r.temperature > 0 else 1.0 for r in requests]
+        penalties = [r.repetition_penalty for r in requests]
+        penalty = None
+        if any(p != 1 for p in penalties):
+            assert seen is not None
+            penalty = RepetitionPenalty(column(penalties, torch.float32), seen)
         return cls(
-            temperature=column([max(t, SMALLEST_TEMPERATURE) if t > 0 else 1.0 for t in temperatures], torch.float32),
+            temperature=column(temperatures, torch.float32),
             greedy=column([not s for s in sampled], torch.bool),
-            top_k=column([min(k, vocab) or vocab for k in top_ks], torch.long),
-            top_p=column(top_ps, torch.float32),
+            top_k=column([min(r.top_k, vocab) or vocab for r in requests], torch.long),
+            top_p=column([r.top_p if r.top_p < 1 else torch.inf for r in requests], torch.float32),
             truncated=column(truncated, torch.bool),
+            min_p=column(min_ps, torch.float32),
+            penalty=penalty,
             all_greedy=not any(sampled),
             any_greedy=not all(sampled),
-            any_scaled=any(t not in (0.0, 1.0) for t in temperatures),
+            any_scaled=any(t != 1 for t in temperatures),
             any_truncated=any(truncated),
+            any_min_p=any(min_ps),
         )
 
 
 def probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Distribution after temperature, then top-k, then top-p, in float32: [rows, tokens, vocab] -> same shape.
+    """Distribution after temperature, top-k, top-p and min-p, in float32: [rows, tokens, vocab] -> same shape.
 
-    Top-p keeps the smallest set of most likely tokens whose mass reaches p. Ties at the border of either are kept.
+    Top-p keeps the smallest set of most likely tokens whose mass reaches p. Min-p drops tokens less likely than p times
+    the most likely one. Ties at a border are kept. The penalty of the settings counts as applied to the logits already.
     """
     logits = logits.float()
     result = torch.softmax(logits / settings.temperature if settings.any_scaled else logits, dim=-1)
     if settings.any_truncated:
         result = torch.where(settings.truncated, _truncate(result, settings), result)
+    if settings.any_min_p:
+        result = torch.where(settings.min_p > 0, _drop_unlikely(result, settings.min_p), result)
     if settings.any_greedy:
         one_hot = torch.zeros_like(result).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         result = torch.where(settings.greedy, one_hot, result)
@@ -83,6 +99,11 @@ def _truncate(result: Tensor, settings: SamplingSettings) -> Tensor:
     outside = mass_before >= settings.top_p * ordered.sum(-1, keepdim=True)
     smallest_kept = ordered.masked_fill(outside | (ordered == 0), torch.inf).amin(-1, keepdim=True)
     kept = result.masked_fill(result < smallest_kept, 0.0)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def _drop_unlikely(result: Tensor, min_p: Tensor) -> Tensor:
+    kept = result.masked_fill(result < min_p * result.amax(-1, keepdim=True), 0.0)
     return kept / kept.sum(-1, keepdim=True)
 
 

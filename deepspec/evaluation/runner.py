@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,11 @@ class _Decoder:
                 temperature=chunk.temperature,
                 top_k=decode.top_k,
                 top_p=decode.top_p,
+                min_p=decode.min_p,
+                repetition_penalty=decode.repetition_penalty,
                 seed=request_seed(self.config.seed, chunk.set_name, prompt),
                 stop_token_ids=self.plan.stop_token_ids,
+                stop_strings=tuple(decode.stop_strings),
             )
             for prompt in chunk.prompts
         ]
@@ -181,6 +185,7 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
     dtype = getattr(torch, config.target.dtype)
     target = load_target(config.target.path, revision=config.target.revision, dtype=dtype, device=device)
     draft = load_draft(plan.draft_folder, dtype=dtype, device=device, target=target)
+    decode = partial(plan.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     speculative = SpeculativeEngine(
         target,
         DSparkProposer(draft, target),
@@ -188,10 +193,11 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
         max_length=plan.max_length,
         confidence_threshold=config.decode.confidence_threshold,
         verification=config.decode.verification,
+        decode=decode,
     )
     plain = None
     if config.eval.baseline:
-        plain = SpeculativeEngine(target, slots=config.decode.batch_size, max_length=plan.max_length)
+        plain = SpeculativeEngine(target, slots=config.decode.batch_size, max_length=plan.max_length, decode=decode)
     return _Decoder(config, plan, speculative, plain)
 
 
