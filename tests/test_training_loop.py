@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from training_world import changed, draft_weights, is_timing, tiny_run
 
 import deepspec
@@ -138,11 +140,20 @@ def test_dflash_reads_no_target_logits_unless_logged(training_world, tmp_path):
     assert deepspec.load_draft(result.checkpoint).algorithm == "dflash"
 
 
-def test_bf16_keeps_float32_weights(training_world, tmp_path):
-    result = train(tiny_run(training_world, tmp_path, steps=1, mixed_precision="bf16", micro_batch_size=4))
-    draft = deepspec.load_draft(result.checkpoint)
-    assert {parameter.dtype for parameter in draft.parameters()} == {torch.float32}
-    assert math.isfinite(result.metrics["loss"])
+def test_bf16_keeps_float32_weights_and_resumes_exactly(training_world, tmp_path):
+    """Only what is the target's own, embedding and head, is stored in bf16."""
+    run = changed(
+        tiny_run(training_world, tmp_path / "run", steps=2, save_steps=1, mixed_precision="bf16"),
+        target={"dtype": "bfloat16"},
+    )
+    whole = train(run)
+    stored = load_file(whole.checkpoint / "draft" / "model.safetensors")
+    in_bf16 = {name for name, value in stored.items() if value.dtype == torch.bfloat16}
+    assert in_bf16 == {"embed_tokens.weight", "lm_head.weight"}
+    assert {value.dtype for name, value in stored.items() if name not in in_bf16} == {torch.float32}
+    weights = draft_weights(whole.checkpoint)
+    shutil.rmtree(whole.checkpoint)
+    assert draft_weights(train(run).checkpoint) == weights
 
 
 def test_batch_that_cannot_be_split(training_world, tmp_path):

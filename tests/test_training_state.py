@@ -86,16 +86,23 @@ def test_state_of_another_model(accelerator, tmp_path):
         load_optimizer_state(tmp_path / "absent.safetensors", dict(model.items()), optimizer, accelerator)
 
 
-def test_frozen_weights_are_no_parameters(tiny_draft, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_weights_are_no_parameters(tiny_draft, tmp_path, dtype):
+    """And keep the dtype of the target, in memory and on disk."""
     draft = tiny_draft()
+    for module in (draft.embed_tokens, draft.lm_head):
+        module.weight.data = module.weight.data.to(dtype).float()
     before = {name: value.clone() for name, value in draft.state_dict().items()}
     trained = [name for name, _ in draft.trainable_parameters()]
-    hold_target_weights_as_buffers(draft)
+    hold_target_weights_as_buffers(draft, dtype)
+    assert draft.embed_tokens.weight.dtype == draft.lm_head.weight.dtype == dtype
     assert [name for name, _ in draft.named_parameters()] == trained
     assert {"embed_tokens.weight", "lm_head.weight"} <= dict(draft.named_buffers()).keys()
     assert draft.state_dict().keys() == before.keys()
     draft.save_pretrained(tmp_path)
     stored = load_draft(tmp_path).state_dict()
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+    assert load_file(tmp_path / "model.safetensors")["lm_head.weight"].dtype == dtype
     assert all(torch.equal(stored[name], value) for name, value in before.items())
 
 
@@ -103,5 +110,5 @@ def test_frozen_weights_compute_the_same(tiny_draft, tiny_batch):
     inputs = tiny_batch.for_backbone()
     draft = tiny_draft()
     expected = draft.base_logits(draft(**inputs))
-    hold_target_weights_as_buffers(draft)
+    hold_target_weights_as_buffers(draft, torch.float32)
     assert torch.equal(draft.base_logits(draft(**inputs)), expected)

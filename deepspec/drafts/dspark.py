@@ -233,7 +233,7 @@ class DSparkModel(PreTrainedModel):
         """[batch, blocks] anchors -> [batch, blocks, slots, hidden]"""
         slots = torch.arange(self.block_size, device=anchor_tokens.device)
         tokens = torch.where(slots == 0, anchor_tokens[..., None], self.mask_token_id)
-        hidden = self.embed_tokens(tokens)
+        hidden = self.embed_tokens(tokens).to(self.fc.weight.dtype)
         rotation = self.rotary_emb(hidden, (anchor_positions[..., None] + slots).flatten(1))
         for layer, key_values in zip(self._draft_layers(), context, strict=True):
             if self.checkpoint_activations and self.training:

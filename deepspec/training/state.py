@@ -1,8 +1,8 @@
 """Save and restore the trained state: one kind of checkpoint for every launcher and any number of ranks.
 
-The draft's folder is the one copy of the weights, in float32; state/optimizer.safetensors is what AdamW knows. No
-random state is saved because training uses none: the order of the data and the anchors are pure functions of (seed,
-step), and the draft has no dropout.
+The draft's folder is the one copy of the weights: what is trained in float32, the target's embedding and head in the
+target's dtype. state/optimizer.safetensors is what AdamW knows. No random state is saved because training uses none:
+the order of the data and the anchors are pure functions of (seed, step), and the draft has no dropout.
 """
 
 from __future__ import annotations
