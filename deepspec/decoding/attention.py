@@ -1,4 +1,4 @@
-"""Attention of a few new tokens over a slot cache: reads the cached keys and values where they lie."""
+"""Attention of packed new tokens over a slot cache: reads the cached keys and values where they lie."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
+
+from deepspec.decoding.cache import Span
 
 SLOTS = "deepspec_slots"
 
@@ -17,23 +19,25 @@ def slot_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor,
+    span: Span,
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Grouped-query attention without repeating keys and values for each query head.
+    """Grouped-query attention of packed tokens, without repeating keys and values for each query head.
 
     The query heads that share a key/value head are laid side by side as further tokens of that head.
 
     Args:
         module: the attention layer; not used.
-        query: [rows, heads, tokens, head_dim]
-        key, value: [rows, kv_heads, columns, head_dim], views of the cache.
-        attention_mask: bool [rows, 1, tokens, columns], True = may attend.
+        query: [1, heads, total, head_dim], of the packed tokens of `span`.
+        key, value: [rows, kv_heads, columns, head_dim], of the cache.
+        attention_mask: bool [rows, 1, longest, columns], True = may attend.
         scaling: multiplies the scores; None = 1 / sqrt(head_dim).
 
     Returns:
-        [rows, tokens, heads, head_dim], as Transformers wants it, and no weights.
+        [1, total, heads, head_dim], as Transformers wants it, and no weights.
     """
+    query = span.to_rows(query[0].transpose(0, 1)).transpose(1, 2)
     rows, heads, tokens, head_dim = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
@@ -42,7 +46,7 @@ def slot_attention(
         if tokens > 1:
             attention_mask = attention_mask.repeat(1, 1, group, 1)
     attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return attended.reshape(rows, heads, tokens, head_dim).transpose(1, 2), None
+    return span.to_packed(attended.reshape(rows, heads, tokens, head_dim).transpose(1, 2))[None], None
 
 
 AttentionInterface.register(SLOTS, slot_attention)

@@ -1,12 +1,14 @@
 """Preallocated key/value caches by slot: written by absolute position, rewound by position, never cropped or re-padded.
 
-Column j of a slot holds position j. Columns at or beyond a row's length may hold stale values of rejected tokens; no
+Contiguous rather than paged: attention then reads plain views of the first slots, and the slots of a measurement are
+about equally long, so pages would save little memory. Column j of a slot holds position j. Columns at or beyond a row's length may hold stale values of rejected tokens; no
 mask shows them and the next round overwrites them, so a rejection costs nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,20 +18,71 @@ from transformers.cache_utils import Cache
 
 
 class Span:
-    """Where the tokens of one forward pass go: the same number for every row, from its own start on in its own slot."""
+    """Tokens of one forward pass: of each row some consecutive positions, one row's after another's, in one packed row.
 
-    def __init__(self, slots: Sequence[int], starts: Sequence[int], tokens: int, device: torch.device):
-        self.slots = slots
-        self.starts = starts
-        self.tokens = tokens
-        pairs = torch.tensor([slots, starts], device=device)
-        self.rows = pairs[0, :, None]  # [rows, 1]
-        self.positions = pairs[1, :, None] + torch.arange(tokens, device=device)  # [rows, tokens]
+    Rows with different numbers of tokens cost no padding, except in the attention, which sees `to_rows`.
+    """
 
-    @property
-    def columns(self) -> int:
-        """Columns that the longest row needs."""
-        return max(self.starts) + self.tokens
+    def __init__(self, slots: Sequence[int], starts: Tensor, counts: Tensor | int, *, total: int, longest: int, end: int):
+        """
+        Args:
+            slots: [rows], where each row's keys and values lie.
+            starts: long [rows], the position of each row's first token.
+            counts: long [rows], each at least 1; or one number for all rows.
+            total: sum of the counts.
+            longest: the largest count, or a bound of it.
+            end: the largest start + count, or a bound of it.
+        """
+        self.slots, self.total, self.longest, self.end = slots, total, longest, end
+        self.start: int | None = None  # of the only row, where the host knows it
+        self._counts = counts
+        self._index: Tensor | None = None  # [rows, longest], the packed token of each place
+        self._place: Tensor | None = None  # [total], the place of each packed token
+        steps = torch.arange(longest, device=starts.device)
+        if isinstance(counts, int):
+            self.positions = (starts[:, None] + steps).flatten()  # [total]
+            return
+        row_of = torch.arange(len(slots), device=starts.device).repeat_interleave(counts, output_size=total)
+        first = counts.cumsum(0) - counts
+        offset = torch.arange(total, device=starts.device) - first[row_of]
+        self.positions = starts[row_of] + offset
+        self._index = first[:, None] + steps.minimum(counts[:, None] - 1)
+        self._place = row_of * longest + offset
+
+    @classmethod
+    def of(cls, slots: Sequence[int], starts: Sequence[int], counts: Sequence[int], device: torch.device) -> Span:
+        """From numbers that the host knows."""
+        longest, total = max(counts), sum(counts)
+        same = longest * len(counts) == total
+        span = cls(
+            slots,
+            torch.tensor(starts, device=device),
+            longest if same else torch.tensor(counts, device=device),
+            total=total,
+            longest=longest,
+            end=max(start + count for start, count in zip(starts, counts, strict=True)),
+        )
+        span.start = starts[0] if len(slots) == 1 else None
+        return span
+
+    @cached_property
+    def slot_of(self) -> Tensor:
+        """[total], the slot of each packed token."""
+        slots = torch.tensor(self.slots, device=self.positions.device)
+        if self._place is None:
+            return slots.repeat_interleave(self.longest)
+        return slots[self._place // self.longest]
+
+    def to_rows(self, packed: Tensor) -> Tensor:
+        """[total, ...] -> [rows, longest, ...]; a shorter row repeats its last token."""
+        if self._index is None:
+            return packed.unflatten(0, (len(self.slots), self.longest))
+        return packed[self._index]
+
+    def to_packed(self, rows: Tensor) -> Tensor:
+        """[rows, longest, ...] -> [total, ...]"""
+        flat = rows.flatten(0, 1)
+        return flat if self._place is None else flat[self._place]
 
 
 class KeyValueStore:
@@ -42,18 +95,22 @@ class KeyValueStore:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
     def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
-        """Write keys, values [rows, kv_heads, tokens, head_dim] of `span`."""
-        if len(span.slots) == 1:  # a plain slice costs half as much as an index
-            slot, start, end = span.slots[0], span.starts[0], span.starts[0] + span.tokens
-            self.keys[layer][slot, :, start:end] = keys[0]
-            self.values[layer][slot, :, start:end] = values[0]
+        """Write keys, values [1, kv_heads, total, head_dim] of `span`."""
+        if span.start is not None:  # a plain slice costs half as much as an index
+            slot, columns = span.slots[0], slice(span.start, span.start + span.total)
+            self.keys[layer][slot, :, columns] = keys[0]
+            self.values[layer][slot, :, columns] = values[0]
         else:
-            self.keys[layer][span.rows, :, span.positions] = keys.transpose(1, 2)
-            self.values[layer][span.rows, :, span.positions] = values.transpose(1, 2)
+            self.keys[layer][span.slot_of, :, span.positions] = keys[0].transpose(0, 1)
+            self.values[layer][span.slot_of, :, span.positions] = values[0].transpose(0, 1)
 
-    def read(self, layer: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Views of the first slots and columns: keys and values [rows, kv_heads, columns, head_dim]."""
-        return self.keys[layer][:rows, :, :columns], self.values[layer][:rows, :, :columns]
+    def read(self, layer: int, slots: Sequence[int], columns: int) -> tuple[Tensor, Tensor]:
+        """The first columns of some slots: keys and values [rows, kv_heads, columns, head_dim].
+
+        Views if the slots follow each other, as those of the active rows do.
+        """
+        where: Any = slice(slots[0], slots[-1] + 1) if _follow_each_other(slots) else list(slots)
+        return self.keys[layer][where, :, :columns], self.values[layer][where, :, :columns]
 
     def move(self, source: int, destination: int, length: int) -> None:
         """Copy the first `length` columns of a slot; only when a request ends and none waits to take its place."""
@@ -67,35 +124,25 @@ class KeyValueStore:
 
 
 class SlotCache(Cache):
-    """The target's cache, as Transformers attention sees it; `begin` says what the next forward pass is about."""
+    """The target's cache, as Transformers attention sees it; `span` says what the next forward pass is about."""
 
     def __init__(self, config: PreTrainedConfig, slots: int, columns: int, dtype: torch.dtype, device: torch.device):
         super().__init__(layers=[])
         self.store = KeyValueStore(config, slots, columns, dtype, device)
-        self._span: Span | None = None
-        self._attend_slots = False
-
-    def begin(self, span: Span, *, attend_slots: bool) -> None:
-        """Prepare a forward pass.
-
-        Args:
-            span: where the new keys and values go.
-            attend_slots: attend the slots up to the longest row's end (then they must be the first slots, in order), or
-                the new tokens alone (prefill).
-        """
-        self._span, self._attend_slots = span, attend_slots
+        self.span: Span | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store [rows, kv_heads, tokens, head_dim] and return what to attend, [rows, kv_heads, columns, head_dim]."""
-        span = self._span
-        assert span is not None, "begin comes before a forward pass"
-        self.store.write(layer_idx, span, key_states, value_states)
-        if self._attend_slots:
-            return self.store.read(layer_idx, len(span.slots), span.columns)
-        return key_states, value_states
+        """Store [1, kv_heads, total, head_dim] and return what to attend, [rows, kv_heads, columns, head_dim]."""
+        assert self.span is not None, "a span comes before a forward pass"
+        self.store.write(layer_idx, self.span, key_states, value_states)
+        return self.store.read(layer_idx, self.span.slots, self.span.end)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Not used: positions and masks are always given."""
         return 0
+
+
+def _follow_each_other(slots: Sequence[int]) -> bool:
+    return list(slots) == list(range(slots[0], slots[0] + len(slots)))

@@ -1,8 +1,9 @@
 """The speculative decoder: batched, slot-based, lossless (DSpark section 5).
 
 A fixed number of slots with preallocated caches; requests enter and leave at any round; each row accepts its own
-number of tokens. A round drafts up to block_size tokens per row, verifies anchor and draft in one target pass, and
-keeps what the verification rule keeps. Without a proposer the engine decodes plainly: one drawn token a round.
+number of tokens. A round drafts a block per row, asks the policy how many of its tokens to verify, runs the target
+once over all of them packed in one row, and keeps what the verification rule keeps. Without a proposer the engine
+decodes plainly: one drawn token a round.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from torch import Tensor
 from deepspec.config import near_match
 from deepspec.decoding.attention import SLOTS
 from deepspec.decoding.cache import SlotCache, Span
+from deepspec.decoding.memory import check_memory
 from deepspec.decoding.penalties import seen_in
+from deepspec.decoding.policies import FixedLength, Policy
 from deepspec.decoding.proposers import Proposal, Proposer
 from deepspec.decoding.requests import Completion, Request, Timing
 from deepspec.decoding.rows import Row
@@ -28,7 +31,7 @@ from deepspec.targets import Target, attend_with
 
 
 class SpeculativeEngine:
-    """Decodes requests with a target and, optionally, a proposer."""
+    """Decodes requests with a target and, optionally, a proposer: all at once (`generate`) or as they come (`step`)."""
 
     def __init__(
         self,
@@ -37,7 +40,7 @@ class SpeculativeEngine:
         *,
         slots: int = 1,
         max_length: int,
-        confidence_threshold: float = 0.0,
+        policy: Policy | None = None,
         verification: str = "token",
         decode: Decode | None = None,
     ):
@@ -45,34 +48,48 @@ class SpeculativeEngine:
         Args:
             slots: requests decoded together.
             max_length: positions per slot; a request needs prompt + max_new_tokens + block_size of them.
-            confidence_threshold: propose only up to the first token whose confidence is below; 0 = always block_size.
+            policy: how many drafted tokens to verify; None = the whole block. It serves one engine.
             verification: token or block.
             decode: token ids to text, for requests with stop strings.
 
         Raises:
-            ValueError: the target has layers without full attention, there is no such verification rule, or a threshold
-                is set for a proposer without confidences.
+            ValueError: the target has layers without full attention, there is no such verification rule, or the policy
+                needs confidences that the proposer has not.
+            RuntimeError: the caches of so many slots do not fit the memory; says how many do.
         """
-        _check_settings(target, proposer, slots, confidence_threshold, verification)
+        _check_settings(target, proposer, slots, policy, verification)
         self.target = target
         self.proposer = proposer
         self.slots = slots
         self.max_length = max_length
-        self.confidence_threshold = confidence_threshold
         self.decode = decode
         self.block_size = proposer.block_size if proposer else 0
+        self.policy = policy or FixedLength(self.block_size, target.device)
         self.timing = Timing()
         self._layer_ids = tuple(proposer.layer_ids) if proposer else ()
         self._verify = VERIFICATION_RULES[verification]
         self._device = target.device
+        check_memory(target, proposer, slots, max_length)
         self._cache = SlotCache(target.config, slots, max_length, target.dtype, self._device)
+        if proposer:
+            proposer.allocate(slots, max_length)
         self._columns = torch.arange(max_length, device=self._device)
         self._settings: SamplingSettings | None = None  # of the active rows; None = they have changed
         self._seen: Tensor | None = None  # bool [slots, vocab], of slots with a repetition penalty; None = no such yet
-        if proposer:
-            proposer.allocate(slots, max_length)
+        self._rows: list[Row | None] = []  # row i lives in slot i; None = free
+        self._waiting: deque[Row] = deque()
+        self._submitted = 0
 
-    @torch.inference_mode()
+    @property
+    def active(self) -> int:
+        """Requests in slots."""
+        return sum(row is not None for row in self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests without a slot yet."""
+        return len(self._waiting)
+
     def generate(
         self, requests: Sequence[Request], on_finish: Callable[[int, Completion], None] | None = None
     ) -> list[Completion]:
@@ -82,84 +99,103 @@ class SpeculativeEngine:
         are not finite ends with the finish reason `error`; the others go on.
 
         Raises:
-            ValueError: a request with an empty prompt, with unknown tokens, that does not fit a slot, or with stop
-                strings where the engine cannot decode.
+            ValueError: see `submit`. Nothing is decoded then.
         """
         for index, request in enumerate(requests):
             self._check(index, request)
+        self._abandon_all()
         self.timing = Timing()
-        waiting = deque(enumerate(requests))
-        rows: list[Row | None] = []  # rows[i] lives in slot i; None = free
+        first = self._submitted
+        for request in requests:
+            self.submit(request)
         completions: dict[int, Completion] = {}
-        with attend_with(self.target.config, SLOTS):
-            while waiting or any(rows):
-                free = [slot for slot in range(self.slots) if slot >= len(rows) or rows[slot] is None]
-                if waiting and free:
-                    self._enter(rows, free, waiting)
-                else:
-                    self._round(self._without_gaps(rows))
-                for slot, row in enumerate(rows):
-                    if row and row.finished:
-                        completions[row.index] = row.completion
-                        if on_finish:
-                            on_finish(row.index, row.completion)
-                        rows[slot] = self._settings = None
+        while self.active or self.waiting:
+            for number, completion in self.step():
+                completions[number - first] = completion
+                if on_finish:
+                    on_finish(number - first, completion)
         return [completions[index] for index in range(len(requests))]
 
-    def _check(self, index: int, request: Request) -> None:
+    def submit(self, request: Request) -> int:
+        """Let a request wait for a slot. Returns its number: how many were submitted before.
+
+        Raises:
+            ValueError: an empty prompt, unknown tokens, more than a slot holds, or stop strings where the engine
+                cannot decode.
+        """
+        number = self._submitted
+        self._check(number, request)
+        stream = UniformStream(request.seed, 2 * self.block_size + 1) if request.temperature > 0 else None
+        stop = StopCondition(request.stop_token_ids, request.stop_strings, self.decode)
+        self._waiting.append(Row(number, request, stream, stop, len(request.prompt_ids)))
+        self._submitted += 1
+        return number
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Completion]]:
+        """Let waiting requests enter free slots, or run one round of those inside. Returns what has ended."""
+        free = [slot for slot in range(self.slots) if slot >= len(self._rows) or self._rows[slot] is None]
+        with attend_with(self.target.config, SLOTS):
+            if self._waiting and free:
+                self._enter(free[: len(self._waiting)])
+            elif self.active:
+                self._round(self._without_gaps())
+        ended = []
+        for slot, row in enumerate(self._rows):
+            if row and row.finished:
+                ended.append((row.index, row.completion))
+                self._rows[slot] = self._settings = None
+        return ended
+
+    def _check(self, number: int, request: Request) -> None:
         prompt = request.prompt_ids
         if not prompt:
-            raise ValueError(f"request {index}: the prompt is empty")
+            raise ValueError(f"request {number}: the prompt is empty")
         if min(prompt) < 0 or max(prompt) >= self.target.vocab_size:
             raise ValueError(
-                f"request {index}: token ids from {min(prompt)} to {max(prompt)}, but target "
+                f"request {number}: token ids from {min(prompt)} to {max(prompt)}, but target "
                 f"{self.target.name_or_path} knows 0 to {self.target.vocab_size - 1}; use the target's own tokenizer"
             )
         if request.stop_strings and self.decode is None:
             raise ValueError(
-                f"request {index}: stop_strings need text; make the engine with decode=, the tokenizer's decode"
+                f"request {number}: stop_strings need text; make the engine with decode=, the tokenizer's decode"
             )
         needed = len(prompt) + request.max_new_tokens + self.block_size
         if needed > self.max_length:
             raise ValueError(
-                f"request {index}: a prompt of {len(prompt)} tokens, {request.max_new_tokens} new ones and a block of "
+                f"request {number}: a prompt of {len(prompt)} tokens, {request.max_new_tokens} new ones and a block of "
                 f"{self.block_size} need {needed} positions, a slot has {self.max_length}; raise decode.max_length "
                 "or shorten the request"
             )
 
-    def _enter(self, rows: list[Row | None], free: list[int], waiting: deque[tuple[int, Request]]) -> None:
-        """Run waiting prompts, right-padded, into free slots and draw each first token."""
+    def _abandon_all(self) -> None:
+        """What an interrupted call has left."""
+        self._rows, self._settings = [], None
+        self._waiting.clear()
+        self.policy.reset()
+
+    def _enter(self, slots: list[int]) -> None:
+        """Run the prompts of waiting requests, packed, into these slots and draw each first token."""
         started = time.perf_counter()
-        slots = free[: len(waiting)]
-        entering = [self._new_row(*waiting.popleft()) for _ in slots]
+        entering = [self._waiting.popleft() for _ in slots]
         prompts = [row.request.prompt_ids for row in entering]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=self._device)
-        span = Span(slots, [0] * len(slots), longest, self._device)
-        self._cache.begin(span, attend_slots=False)
-        features = self.target.forward(
-            ids, span.positions, self._may_attend(span.positions, longest), self._cache, self._layer_ids
-        )
-        if self.proposer:
-            self.proposer.observe(span, features.context)
-        ends = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=self._device)
-        final = features.final.gather(1, ends[..., None].expand(-1, -1, features.final.shape[-1]))
-        logits = self.target.logits(final)
+        counts = [len(prompt) for prompt in prompts]
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=self._device)
+        span = Span.of(slots, [0] * len(slots), counts, self._device)
+        final = self._target_pass(ids, span)
+        logits = self.target.logits(final[torch.tensor(counts, device=self._device).cumsum(0) - 1])[:, None]
         is_penalised = any(row.request.repetition_penalty != 1 for row in entering)
-        seen = seen_in(ids, ends + 1, self.target.vocab_size) if is_penalised else None
-        settings = self._settings_of(entering, seen)
+        settings = self._settings_of(entering, seen_in(span.to_rows(ids), logits.shape[-1]) if is_penalised else None)
         uniform = self._uniform(entering, settings)
         penalised = settings.penalty.apply(logits) if settings.penalty else logits
         tokens, _ = draw(penalised, settings, None if uniform is None else uniform[:, -1:])
         if settings.penalty:
             self._remember(slots, settings.penalty.after(tokens).seen)
+        self._rows += [None] * (max(slots) + 1 - len(self._rows))
         for slot, row, (token, finite) in zip(
             slots, entering, torch.cat([tokens, _finite(logits)], dim=1).tolist(), strict=True
         ):
-            if slot < len(rows):
-                rows[slot] = row
-            else:
-                rows.append(row)
+            self._rows[slot] = row
             if finite:
                 row.begin(token)
             else:
@@ -167,19 +203,119 @@ class SpeculativeEngine:
         self._settings = None
         self.timing.prefill += time.perf_counter() - started
 
-    def _new_row(self, index: int, request: Request) -> Row:
-        stream = UniformStream(request.seed, 2 * self.block_size + 1) if request.temperature > 0 else None
-        stop = StopCondition(request.stop_token_ids, request.stop_strings, self.decode)
-        return Row(index, request, stream, stop, len(request.prompt_ids))
+    def _round(self, rows: list[Row]) -> None:
+        """Draft, verify in one target pass, keep."""
+        started = time.perf_counter()
+        if self._settings is None:
+            self._settings = self._settings_of(rows, None if self._seen is None else self._seen[: len(rows)])
+        settings = self._settings
+        starts = [row.length for row in rows]
+        anchors, lengths = torch.tensor([[row.anchor for row in rows], starts], device=self._device)
+        uniform = self._uniform(rows, settings)
+        proposal = None
+        if self.proposer and self.policy.maximum:
+            proposal = self.proposer.propose(
+                anchors, lengths, max(starts), settings, uniform, min(self.policy.maximum, self.block_size)
+            )
+        drafted_at = time.perf_counter()
+        proposed, span = self._span(proposal, starts, lengths)
+        ids = anchors[:, None]
+        if proposal is not None:
+            ids = torch.cat([ids, proposal.tokens[:, : span.longest - 1]], dim=1)
+        logits = span.to_rows(self.target.logits(self._target_pass(span.to_packed(ids), span)))
+        finite = _finite(logits)
+        if settings.penalty:
+            logits = settings.penalty.apply_along(logits, ids)
+        verdict = self._verdict(proposal, proposed, logits, settings, uniform)
+        if proposal is not None and proposal.probabilities is not None:
+            finite = finite & _finite(proposal.probabilities)
+        if settings.penalty:
+            settings.penalty.keep(ids, verdict.accepted, verdict.next_token)
+        self._book(rows, proposal, proposed, finite, verdict, ids)
+        self.timing.draft += drafted_at - started
+        self.timing.verify += time.perf_counter() - drafted_at
+        self.timing.rounds += 1
 
-    def _remember(self, slots: list[int], seen: Tensor) -> None:
-        """Store which tokens, bool [rows, vocab], the prompts in these slots hold."""
-        if self._seen is None:
-            self._seen = torch.zeros(self.slots, self.target.vocab_size, dtype=torch.bool, device=self._device)
-        self._seen[slots] = seen
+    def _target_pass(self, ids: Tensor, span: Span) -> Tensor:
+        """Run packed tokens [total] through the target; caches and proposer take note. Returns final states [total, d]."""
+        self._cache.span = span
+        may_attend = self._columns[: span.end] <= span.to_rows(span.positions)[..., None]
+        features = self.target.forward(
+            ids[None], span.positions[None], may_attend[:, None], self._cache, self._layer_ids, span=span
+        )
+        if self.proposer:
+            self.proposer.observe(span, features.context[0])
+        return features.final[0]
 
-    def _without_gaps(self, rows: list[Row | None]) -> list[Row]:
+    def _span(self, proposal: Proposal | None, starts: list[int], lengths: Tensor) -> tuple[Tensor | None, Span]:
+        """How many drafted tokens of each row to verify, None = the same number of each, and the tokens of that pass.
+
+        The host waits for the device only if the policy itself must see this round's confidences to know the total.
+        """
+        rows, slots = len(starts), range(len(starts))
+        if proposal is None:
+            return None, Span.of(slots, starts, [1] * rows, self._device)
+        drafted = proposal.tokens.shape[1]
+        total = self.policy.known_total(rows)
+        proposed = self.policy.lengths(proposal.confidences, rows)
+        if total == rows * drafted:
+            return None, Span.of(slots, starts, [1 + drafted] * rows, self._device)
+        if total is None:
+            counts = (1 + proposed).tolist()
+            return proposed, Span.of(slots, starts, counts, self._device)
+        longest = 1 + min(drafted, total)
+        end = max(starts) + longest
+        return proposed, Span(slots, lengths, 1 + proposed, total=rows + total, longest=longest, end=end)
+
+    def _verdict(
+        self,
+        proposal: Proposal | None,
+        proposed: Tensor | None,
+        logits: Tensor,
+        settings: SamplingSettings,
+        uniform: Tensor | None,
+    ) -> Verdict:
+        """Of logits [rows, longest, vocab]."""
+        drafted = logits.shape[1] - 1
+        if proposal is None or drafted == 0:
+            token, _ = draw(logits, settings, None if uniform is None else uniform[:, -1:])
+            return Verdict(torch.zeros_like(token[:, 0]), token[:, 0])
+        tokens = proposal.tokens[:, :drafted]
+        if uniform is None or proposal.probabilities is None:
+            return verify_greedy(tokens, logits.argmax(-1), proposed)
+        accept_uniform = uniform[:, self.block_size : self.block_size + drafted]
+        distribution = proposal.probabilities[:, :drafted]
+        return self._verify(
+            tokens, distribution, probabilities(logits, settings), proposed, accept_uniform, uniform[:, -1]
+        )
+
+    def _book(
+        self,
+        rows: list[Row],
+        proposal: Proposal | None,
+        proposed: Tensor | None,
+        finite: Tensor,
+        verdict: Verdict,
+        ids: Tensor,
+    ) -> None:
+        """Bring a round's outcome to the host, at once, and into the rows."""
+        counts = torch.full_like(verdict.accepted, ids.shape[1] - 1) if proposed is None else proposed
+        outcome = torch.cat(
+            [finite, counts[:, None], verdict.accepted[:, None], verdict.next_token[:, None], ids[:, 1:]], dim=1
+        ).tolist()
+        confidences = None if proposal is None or proposal.confidences is None else proposal.confidences.tolist()
+        for slot, (row, (is_finite, count, accepted, next_token, *drafts)) in enumerate(
+            zip(rows, outcome, strict=True)
+        ):
+            if is_finite:
+                of_row = None if confidences is None else confidences[slot]
+                row.advance(count, drafts[:accepted], next_token, of_row)
+            else:
+                self._fail(slot, row)
+
+    def _without_gaps(self) -> list[Row]:
         """Move the last rows into free slots, so that the active slots are the first ones. Only when nobody waits."""
+        rows = self._rows
         for slot in reversed(range(len(rows))):
             if rows[slot] is None:
                 last = rows.pop()
@@ -192,91 +328,17 @@ class SpeculativeEngine:
                     rows[slot] = last
         return [row for row in rows if row is not None]
 
-    def _round(self, rows: list[Row]) -> None:
-        """Draft, verify in one target pass, keep."""
-        started = time.perf_counter()
-        if self._settings is None:
-            self._settings = self._settings_of(rows, None if self._seen is None else self._seen[: len(rows)])
-        settings, size = self._settings, self.block_size
-        starts = [row.length for row in rows]
-        anchors, lengths = torch.tensor([[row.anchor for row in rows], starts], device=self._device)
-        uniform = self._uniform(rows, settings)
-        proposal, proposed = None, [0] * len(rows)
-        if self.proposer:
-            of_draft = None if uniform is None else uniform[:, :size]
-            proposal = self.proposer.propose(anchors, lengths, max(starts), settings, of_draft)
-            proposed = self._proposed_lengths(proposal, len(rows))
-        drafted = max(proposed)
-        drafted_at = time.perf_counter()
-
-        ids = anchors[:, None] if proposal is None else torch.cat([anchors[:, None], proposal.tokens[:, :drafted]], 1)
-        span = Span(range(len(rows)), starts, drafted + 1, self._device)
-        self._cache.begin(span, attend_slots=True)
-        features = self.target.forward(
-            ids, span.positions, self._may_attend(span.positions, span.columns), self._cache, self._layer_ids
-        )
-        logits = self.target.logits(features.final)
-        finite = _finite(logits)
-        if settings.penalty:
-            logits = settings.penalty.apply_along(logits, ids)
-        if proposal is None or drafted == 0:
-            token, _ = draw(logits, settings, None if uniform is None else uniform[:, -1:])
-            verdict = Verdict(torch.zeros_like(lengths), token[:, 0])
-        else:
-            verdict = self._verdict(proposal, proposed, drafted, logits, settings, uniform)
-            if proposal.probabilities is not None:
-                finite = finite & _finite(proposal.probabilities)
-        if settings.penalty:
-            settings.penalty.keep(ids, verdict.accepted, verdict.next_token)
-        if self.proposer:
-            self.proposer.observe(span, features.context)
-        outcome = torch.cat([finite, verdict.accepted[:, None], verdict.next_token[:, None], ids[:, 1:]], 1).tolist()
-        confidences = None if proposal is None or proposal.confidences is None else proposal.confidences.tolist()
-        for slot, (row, (is_finite, accepted, next_token, *drafts)) in enumerate(zip(rows, outcome, strict=True)):
-            if is_finite:
-                of_row = None if confidences is None else confidences[slot]
-                row.advance(proposed[slot], drafts[:accepted], next_token, of_row)
-            else:
-                self._fail(slot, row)
-        self.timing.draft += drafted_at - started
-        self.timing.verify += time.perf_counter() - drafted_at
-        self.timing.rounds += 1
-
-    def _proposed_lengths(self, proposal: Proposal, rows: int) -> list[int]:
-        """How many drafted tokens of each row to verify: all, or those before the first one of low confidence."""
-        if self.confidence_threshold == 0:
-            return [self.block_size] * rows
-        assert proposal.confidences is not None
-        return (proposal.confidences >= self.confidence_threshold).cumprod(1).sum(1).tolist()
-
-    def _verdict(
-        self,
-        proposal: Proposal,
-        proposed: list[int],
-        drafted: int,
-        logits: Tensor,
-        settings: SamplingSettings,
-        uniform: Tensor | None,
-    ) -> Verdict:
-        lengths = None if min(proposed) == drafted else torch.tensor(proposed, device=self._device)
-        tokens = proposal.tokens[:, :drafted]
-        if uniform is None or proposal.probabilities is None:
-            return verify_greedy(tokens, logits.argmax(-1), lengths)
-        accept_uniform = uniform[:, self.block_size : self.block_size + drafted]
-        distribution = proposal.probabilities[:, :drafted]
-        return self._verify(
-            tokens, distribution, probabilities(logits, settings), lengths, accept_uniform, uniform[:, -1]
-        )
+    def _remember(self, slots: list[int], seen: Tensor) -> None:
+        """Store which tokens, bool [rows, vocab], the prompts in these slots hold."""
+        if self._seen is None:
+            self._seen = torch.zeros(self.slots, self.target.vocab_size, dtype=torch.bool, device=self._device)
+        self._seen[slots] = seen
 
     def _fail(self, slot: int, row: Row) -> None:
         row.fail()
         self._cache.store.clear(slot)
         if self.proposer:
             self.proposer.clear(slot)
-
-    def _may_attend(self, positions: Tensor, columns: int) -> Tensor:
-        """Column j is visible to position i if j <= i: bool [rows, 1, tokens, columns]."""
-        return (self._columns[:columns] <= positions[..., None])[:, None]
 
     def _uniform(self, rows: list[Row], settings: SamplingSettings) -> Tensor | None:
         """float64 [rows, 2 * block_size + 1]: to draft, to accept, and for the next token; None if all are greedy."""
@@ -297,7 +359,7 @@ def _finite(values: Tensor) -> Tensor:
 
 
 def _check_settings(
-    target: Target, proposer: Proposer | None, slots: int, confidence_threshold: float, verification: str
+    target: Target, proposer: Proposer | None, slots: int, policy: Policy | None, verification: str
 ) -> None:
     unsupported = set(getattr(target.config, "layer_types", None) or []) - {"full_attention"}
     if unsupported:
@@ -309,8 +371,8 @@ def _check_settings(
         )
     if slots < 1:
         raise ValueError(f"decode.batch_size={slots}: must be at least 1")
-    if confidence_threshold > 0 and proposer and not proposer.has_confidences:
+    if policy and policy.needs_confidences and proposer and not proposer.has_confidences:
         raise ValueError(
-            f"decode.confidence_threshold={confidence_threshold}: this draft has no confidence head; "
-            "train one with draft.confidence_head=true or set 0"
+            f"{type(policy).__name__}: this draft has no confidence head; train one with draft.confidence_head=true or "
+            "set decode.policy=fixed"
         )

@@ -20,9 +20,9 @@ from deepspec.targets import Target
 class Proposal:
     """Drafted tokens of a batch of rows."""
 
-    tokens: Tensor  # long [rows, slots]
-    probabilities: Tensor | None  # [rows, slots, vocab], what each token was drawn from; None = the argmax
-    confidences: Tensor | None  # [rows, slots], the probability that token k is kept given that all before it were
+    tokens: Tensor  # long [rows, length]
+    probabilities: Tensor | None  # [rows, length, vocab], what each token was drawn from; None = the argmax
+    confidences: Tensor | None  # [rows, length], the probability that token k is kept given that all before it were
 
 
 class Proposer(Protocol):
@@ -36,13 +36,19 @@ class Proposer(Protocol):
         """Make room for that many slots of that many positions."""
 
     def observe(self, span: Span, features: Tensor) -> None:
-        """Features [rows, tokens, layers * hidden] of target tokens at the positions of `span`.
+        """Features [total, layers * hidden] of target tokens at the positions of `span`.
 
         Later calls may overwrite positions: the last word counts.
         """
 
     def propose(
-        self, anchors: Tensor, positions: Tensor, columns: int, settings: SamplingSettings, uniform: Tensor | None
+        self,
+        anchors: Tensor,
+        positions: Tensor,
+        columns: int,
+        settings: SamplingSettings,
+        uniform: Tensor | None,
+        length: int,
     ) -> Proposal:
         """Draft for the first rows' slots.
 
@@ -51,6 +57,7 @@ class Proposer(Protocol):
             positions: long [rows], the anchors' positions.
             columns: the largest of them.
             uniform: float64 [rows, block_size]; None when every row is greedy.
+            length: how many tokens of each row, 1..block_size.
         """
 
     def move(self, source: int, destination: int, length: int) -> None:
@@ -92,20 +99,27 @@ class DSparkProposer:
         return self._store
 
     def observe(self, span: Span, features: Tensor) -> None:
-        context = self.draft.project_context(features)
-        for layer, (keys, values) in enumerate(self.draft.context_key_values(context, span.positions)):
+        context = self.draft.project_context(features[None])
+        for layer, (keys, values) in enumerate(self.draft.context_key_values(context, span.positions[None])):
             self.store.write(layer, span, keys, values)
 
     def propose(
-        self, anchors: Tensor, positions: Tensor, columns: int, settings: SamplingSettings, uniform: Tensor | None
+        self,
+        anchors: Tensor,
+        positions: Tensor,
+        columns: int,
+        settings: SamplingSettings,
+        uniform: Tensor | None,
+        length: int,
     ) -> Proposal:
-        context = [self.store.read(layer, len(anchors), columns) for layer in self._layers]
-        hidden = self.draft.draft_block(anchors, positions, context)
+        slots = range(len(anchors))
+        context = [self.store.read(layer, slots, columns) for layer in self._layers]
+        hidden = self.draft.draft_block(anchors, positions, context)[:, :length]
         logits = self.draft.base_logits(hidden)
         if self.draft.markov_head is None:
             if settings.penalty:
                 logits = settings.penalty.apply(logits)
-            tokens, distribution = draw(logits, settings, uniform)
+            tokens, distribution = draw(logits, settings, None if uniform is None else uniform[:, :length])
             return Proposal(tokens, distribution, self._confidences(hidden, None))
         return self._sequential(anchors, hidden, logits, settings, uniform)
 
@@ -134,7 +148,7 @@ class DSparkProposer:
         assert head is not None
         previous, distributions, penalty = [anchors[:, None]], [], settings.penalty
         state = head.initial_state(hidden[:, :1])
-        for slot in range(self.block_size):
+        for slot in range(hidden.shape[1]):
             here = slice(slot, slot + 1)
             latent, state = head.step(previous[-1], hidden[:, here], state)
             biased = logits[:, here] + head.bias(latent)

@@ -128,14 +128,16 @@ class Target:
         attention_mask: Tensor,
         cache: Cache,
         layer_ids: Sequence[int] = (),
+        **attention: Any,
     ) -> TargetFeatures:
         """One decoding step over new tokens; keys and values are written into `cache`.
 
         Args:
             input_ids: [batch, tokens]
             position_ids: [batch, tokens], absolute.
-            attention_mask: bool [batch, 1, tokens, keys], True = may attend.
+            attention_mask: bool [rows, 1, tokens of a row, keys], True = may attend.
             layer_ids: captured layers; with none, `context` is empty.
+            attention: further arguments of the attention function.
         """
         return self.hidden_states(
             layer_ids,
@@ -143,6 +145,7 @@ class Target:
             position_ids=position_ids,
             attention_mask=attention_mask,
             use_cache=True,
+            **attention,
             **{self._cache_argument: cache},
         )
 
