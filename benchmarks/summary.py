@@ -7,7 +7,7 @@ import statistics
 from dataclasses import asdict
 from typing import Any
 
-from deepspec.evaluation.environment import command_line, machine, versions
+from deepspec.environment import command_line, machine, versions
 from deepspec.files import write_atomically
 
 

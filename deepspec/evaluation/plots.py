@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Okabe and Ito's colours, told apart with any colour vision; the order keeps neighbours far apart in lightness too.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-MARKERS = ("o", "s", "^", "D", "v", "P")
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "axes.edgecolor": "#888888",
-    "legend.frameon": False,
-    "figure.dpi": 150,
-}
-MUTED = "#666666"
+from deepspec.plotting import MARKERS, MUTED, PALETTE, figure_of
+
 LOSSES = {
     "loss": "Total loss (weighted sum)",
     "ce": "Cross-entropy (nats)",
@@ -37,15 +21,6 @@ EXPECTED_TAU = "tau"
 FEW_ROUNDS = 30
 
 Evaluations = Mapping[str, Mapping[str, Any]]  # draft name -> metrics.json
-
-
-@contextmanager
-def _figure(path: Path, width: float, height: float, title: str) -> Iterator[Figure]:
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        figure.suptitle(title, fontsize=13, fontweight="bold")
-        yield figure
-        figure.savefig(path)
 
 
 def _legend(figure: Figure, axes: Axes, columns: int, note: str | None = None) -> None:
@@ -77,7 +52,7 @@ def plot_tau(evaluations: Evaluations, path: Path) -> None:
     temperatures, sets = temperatures_of(evaluations), sets_of(evaluations)
     groups = [*sets, "mean of sets"] if len(sets) > 1 else sets
     width = max(7.0, 1.2 + len(groups) * (0.55 + 0.42 * len(evaluations)))
-    with _figure(path, width, 0.9 + 3.2 * len(temperatures), "Accepted length") as figure:
+    with figure_of(path, width, 0.9 + 3.2 * len(temperatures), "Accepted length") as figure:
         panels = figure.subplots(len(temperatures), 1, squeeze=False)[:, 0]
         for axes, temperature in zip(panels, temperatures, strict=True):
             for number, (name, metrics) in enumerate(evaluations.items()):
@@ -137,7 +112,7 @@ def plot_acceptance(evaluations: Evaluations, path: Path) -> None:
     rows_each = -(-len(sets) // columns)
     rows = rows_each * len(temperatures)
     title = "Acceptance by position, given that all earlier tokens were accepted"
-    with _figure(path, max(7.5, 1 + 3.3 * columns), 1.1 + 2.7 * rows, title) as figure:
+    with figure_of(path, max(7.5, 1 + 3.3 * columns), 1.1 + 2.7 * rows, title) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for axes in grid.flat:
             axes.set_visible(False)
@@ -181,7 +156,7 @@ def plot_training(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -
     Args:
         runs: draft name -> rows of its metrics.jsonl.
     """
-    with _figure(path, 10, 7.2, "Training") as figure:
+    with figure_of(path, 10, 7.2, "Training") as figure:
         grid = figure.subplots(2, 2, squeeze=False)
         panels = {**LOSSES, EXPECTED_TAU: "Expected accepted length (tokens per round)"}
         for axes, (key, title) in zip(grid.flat, panels.items(), strict=True):
@@ -226,7 +201,7 @@ def plot_reliability(evaluations: Evaluations, path: Path) -> bool:
     columns = min(3, len(shown))
     rows = -(-len(shown) // columns)
     title = "Confidence and what was accepted"
-    with _figure(path, max(5.4, 0.8 + 4.0 * columns), 0.6 + 4.6 * rows, title) as figure:
+    with figure_of(path, max(5.4, 0.8 + 4.0 * columns), 0.6 + 4.6 * rows, title) as figure:
         grid = figure.subplots(2 * rows, columns, squeeze=False, sharex=True, height_ratios=[3.2, 1] * rows)
         for axes in grid.flat:
             axes.set_visible(False)

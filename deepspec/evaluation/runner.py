@@ -23,7 +23,7 @@ from rich.console import Console
 from deepspec.config import EvalRun, flatten
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
 from deepspec.drafts import load_draft
-from deepspec.evaluation.environment import command_line, machine, versions
+from deepspec.environment import command_line, machine, versions
 from deepspec.evaluation.plan import Chunk, Plan, make_plan, new_tokens
 from deepspec.evaluation.progress import EvaluationProgress, make_console
 from deepspec.evaluation.records import Decoding, Key, Record, RecordStore

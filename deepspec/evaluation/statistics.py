@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from sklearn.metrics import roc_auc_score
+from numpy.typing import ArrayLike
 
 from deepspec.decoding import Round
+from deepspec.decoding.reliability import Floats, reliability_bins, trust
 
-Floats = NDArray[np.float64]
 COVERAGE = 0.95
 
 
@@ -189,28 +188,14 @@ def reliability(rounds: Sequence[Round], bins: int = 10) -> dict[str, Any] | Non
     if not slots:
         return None
     ks, predicted, observed = (np.array(column, dtype=np.float64) for column in zip(*slots, strict=True))
-    rows = _bins(predicted, observed, bins)
     positions = []
     for k in np.unique(ks):
         here, there = predicted[ks == k], observed[ks == k]
         means = {"predicted": float(here.mean()), "observed": float(there.mean())}
-        positions.append({"k": int(k), "slots": len(here), **means, **_trust(here, there, _bins(here, there, bins))})
-    return {"slots": len(slots), **_trust(predicted, observed, rows), "bins": rows, "positions": positions}
-
-
-def _bins(predicted: Floats, observed: Floats, bins: int) -> list[dict[str, Any]]:
-    """Means of both over the slots whose prediction falls into each bin, empty bins left out."""
-    place = np.minimum((predicted * bins).astype(int), bins - 1)
-    rows = []
-    for b in range(bins):
-        chosen = place == b
-        if chosen.any():
-            means = {"predicted": float(predicted[chosen].mean()), "observed": float(observed[chosen].mean())}
-            rows.append({"low": b / bins, "high": (b + 1) / bins, "count": int(chosen.sum()), **means})
-    return rows
-
-
-def _trust(predicted: Floats, observed: Floats, rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    ece = sum(row["count"] * abs(row["observed"] - row["predicted"]) for row in rows) / len(predicted)
-    auc = float(roc_auc_score(observed, predicted)) if 0 < observed.sum() < len(observed) else None
-    return {"ece": ece, "auc": auc}
+        positions.append({"k": int(k), "slots": len(here), **means, **trust(here, there, bins)})
+    return {
+        "slots": len(slots),
+        **trust(predicted, observed, bins),
+        "bins": reliability_bins(predicted, observed, bins),
+        "positions": positions,
+    }
