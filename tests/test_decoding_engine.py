@@ -10,6 +10,7 @@ from decoding_world import random_draft, random_target
 from deepspec import load_draft
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
 from deepspec.decoding.cache import KeyValueStore
+from deepspec.decoding.policies import ConfidenceThreshold
 
 MAX_LENGTH = 64
 
@@ -32,6 +33,10 @@ def trained():
 
 def engine_of(target, draft, **options) -> SpeculativeEngine:
     return SpeculativeEngine(target, DSparkProposer(draft, target), **({"max_length": MAX_LENGTH} | options))
+
+
+def threshold_of(threshold: float) -> ConfidenceThreshold:
+    return ConfidenceThreshold(threshold, 7)
 
 
 def mixed_requests(vocab: int, count: int = 11) -> list[Request]:
@@ -65,7 +70,7 @@ def outcomes(completions):
 @pytest.mark.parametrize(("verification", "threshold"), [("token", 0.0), ("block", 0.5)])
 def test_tokens_do_not_depend_on_what_else_is_in_the_batch(golden_target, trained, verification, threshold):
     requests = mixed_requests(golden_target.vocab_size)
-    options = {"verification": verification, "confidence_threshold": threshold}
+    options = {"verification": verification, "policy": threshold_of(threshold)}
     alone = [engine_of(golden_target, trained, **options).generate([request])[0] for request in requests]
     for slots, order in ((3, range(11)), (8, range(10, -1, -1)), (11, range(11))):
         together = engine_of(golden_target, trained, slots=slots, **options).generate([requests[i] for i in order])
@@ -92,9 +97,9 @@ class Poisoned(KeyValueStore):
     """Overwrites with nonsense, before each write of layer 0, whatever lies at or beyond the positions written."""
 
     def write(self, layer, span, keys, values):
-        for slot, start in zip(span.slots, span.starts, strict=True):
-            self.keys[layer][slot, :, start:] = 1e4
-            self.values[layer][slot, :, start:] = -1e4
+        for slot, position in zip(span.slot_of.tolist(), span.positions.tolist(), strict=True):
+            self.keys[layer][slot, :, position:] = 1e4
+            self.values[layer][slot, :, position:] = -1e4
         super().write(layer, span, keys, values)
 
 
@@ -188,7 +193,7 @@ def test_a_stop_token_or_limit_at_the_first_token(golden_target, trained):
 
 def test_a_threshold_of_one_proposes_nothing(golden_target, trained):
     request = Request([3, 4, 5], 12)
-    completion = engine_of(golden_target, trained, confidence_threshold=1.0).generate([request])[0]
+    completion = engine_of(golden_target, trained, policy=threshold_of(1.0)).generate([request])[0]
     assert completion.output_ids == engine_of(golden_target, trained).generate([request])[0].output_ids
     assert [(r.proposed, r.accepted, r.emitted) for r in completion.rounds] == [(0, 0, 1)] * 11
 
@@ -212,13 +217,14 @@ def test_a_row_with_nan_fails_alone(target, draft, where, temperature, monkeypat
     expected = engine.generate(requests)
     forward, propose, calls = target.forward, engine.proposer.propose, []
 
-    def failing_forward(input_ids, position_ids, *args):
-        features = forward(input_ids, position_ids, *args)
+    def failing_forward(input_ids, position_ids, *args, span):
+        features = forward(input_ids, position_ids, *args, span=span)
         calls.append(len(input_ids))
         if len(calls) == {"prefill": 1, "round": 3}[where]:
+            second = span.slot_of == 1
             engine._cache.store.keys[2][1, :, 1:] = torch.nan
-            features.final[1, -1] = torch.nan
-            features.context[1] = torch.nan
+            features.final[0, second.nonzero()[-1]] = torch.nan
+            features.context[0, second] = torch.nan
         return features
 
     def failing_propose(*args):
@@ -285,8 +291,8 @@ def test_requests_that_cannot_be_decoded(target, draft):
 
 def test_settings_that_cannot_work(target, draft):
     silent = random_draft(target, confidence_head=False)
-    with pytest.raises(ValueError, match=r"decode.confidence_threshold=0.5: this draft has no confidence head"):
-        engine_of(target, silent, confidence_threshold=0.5)
+    with pytest.raises(ValueError, match=r"ConfidenceThreshold: this draft has no confidence head"):
+        engine_of(target, silent, policy=threshold_of(0.5))
     with pytest.raises(ValueError, match=r"decode.verification=tokens: must be one of token, block. Did you mean 'tok"):
         engine_of(target, draft, verification="tokens")
     with pytest.raises(ValueError, match=r"decode.batch_size=0"):

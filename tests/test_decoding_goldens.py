@@ -10,6 +10,7 @@ import torch
 
 from deepspec import load_draft
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+from deepspec.decoding.policies import ConfidenceThreshold
 from deepspec.targets import load_target
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -45,9 +46,9 @@ def test_golden_trace(name, run_name, target):
             continue
         golden = case["runs"][run_name]
         proposer = RecordingProposer(load_draft(GOLDENS / f"ckpt_{name}"), target)
-        engine = SpeculativeEngine(
-            target, proposer, max_length=128, confidence_threshold=golden["confidence_threshold"]
-        )
+        threshold = golden["confidence_threshold"]
+        policy = ConfidenceThreshold(threshold, proposer.block_size) if threshold else None
+        engine = SpeculativeEngine(target, proposer, max_length=128, policy=policy)
         request = Request(case["prompt"], max_new_tokens=64, stop_token_ids=tuple(golden["stop_token_ids"] or ()))
         completion = engine.generate([request])[0]
         assert completion.output_ids == golden["output_ids"]

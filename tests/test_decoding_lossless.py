@@ -11,6 +11,7 @@ from decoding_world import g_test, random_draft, random_target, warped
 
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, proposers
 from deepspec.decoding.penalties import RepetitionPenalty
+from deepspec.decoding.policies import ConfidenceThreshold
 from deepspec.decoding.sampling import draw, probabilities, sample
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, verify_greedy, verify_tokens
 
@@ -104,8 +105,8 @@ EVERYTHING = {"temperature": 1.2, "top_k": 7, "top_p": 0.95, "min_p": 0.05, "rep
     ],
 )
 def test_sampled_output_follows_the_target(target, draft, verification, is_cut, sampling):
-    threshold = median_confidence(target, draft) if is_cut else 0.0
-    engine = engine_of(target, draft, verification=verification, confidence_threshold=threshold)
+    policy = ConfidenceThreshold(median_confidence(target, draft), draft.block_size) if is_cut else None
+    engine = engine_of(target, draft, verification=verification, policy=policy)
     values = p_values(engine, target, sampling)
     assert min(values) > ACCEPTABLE, values
 

@@ -1,7 +1,9 @@
 """Preallocated key/value caches by slot: written by absolute position, rewound by position, never cropped or re-padded.
 
 Contiguous rather than paged: attention then reads plain views of the first slots, and the slots of a measurement are
-about equally long, so pages would save little memory. Column j of a slot holds position j. Columns at or beyond a row's length may hold stale values of rejected tokens; no
+about equally long, so pages would save little memory.
+
+Column j of a slot holds position j. Columns at or beyond a row's length may hold stale values of rejected tokens; no
 mask shows them and the next round overwrites them, so a rejection costs nothing.
 """
 
@@ -23,28 +25,31 @@ class Span:
     Rows with different numbers of tokens cost no padding, except in the attention, which sees `to_rows`.
     """
 
-    def __init__(self, slots: Sequence[int], starts: Tensor, counts: Tensor | int, *, total: int, longest: int, end: int):
+    def __init__(
+        self, slots: Sequence[int], starts: Tensor, counts: Tensor | int, *, total: int, longest: int, end: int
+    ):
         """
         Args:
             slots: [rows], where each row's keys and values lie.
             starts: long [rows], the position of each row's first token.
             counts: long [rows], each at least 1; or one number for all rows.
-            total: sum of the counts.
+            total: sum of the counts, or more: the last token is then repeated.
             longest: the largest count, or a bound of it.
             end: the largest start + count, or a bound of it.
         """
         self.slots, self.total, self.longest, self.end = slots, total, longest, end
         self.start: int | None = None  # of the only row, where the host knows it
-        self._counts = counts
         self._index: Tensor | None = None  # [rows, longest], the packed token of each place
         self._place: Tensor | None = None  # [total], the place of each packed token
         steps = torch.arange(longest, device=starts.device)
         if isinstance(counts, int):
             self.positions = (starts[:, None] + steps).flatten()  # [total]
             return
-        row_of = torch.arange(len(slots), device=starts.device).repeat_interleave(counts, output_size=total)
-        first = counts.cumsum(0) - counts
-        offset = torch.arange(total, device=starts.device) - first[row_of]
+        ends = counts.cumsum(0)
+        first = ends - counts
+        token = torch.arange(total, device=starts.device).minimum(ends[-1] - 1)
+        row_of = torch.searchsorted(ends, token, right=True)
+        offset = token - first[row_of]
         self.positions = starts[row_of] + offset
         self._index = first[:, None] + steps.minimum(counts[:, None] - 1)
         self._place = row_of * longest + offset
@@ -89,8 +94,7 @@ class KeyValueStore:
     """Keys and values of all layers, each [slots, kv_heads, columns, head_dim]; zero, thus finite, until written."""
 
     def __init__(self, config: PreTrainedConfig, slots: int, columns: int, dtype: torch.dtype, device: torch.device):
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (slots, config.num_key_value_heads, columns, head_dim)
+        shape = (slots, config.num_key_value_heads, columns, _head_dim(config))
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
@@ -121,6 +125,16 @@ class KeyValueStore:
         """Make a slot finite again after a row that was not: a masked NaN would still spoil a sum."""
         for tensor in (*self.keys, *self.values):
             tensor[slot].zero_()
+
+
+def bytes_per_slot(config: PreTrainedConfig, columns: int, dtype: torch.dtype) -> int:
+    """Of a `KeyValueStore`."""
+    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
+    return heads * columns * _head_dim(config) * dtype.itemsize
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 class SlotCache(Cache):

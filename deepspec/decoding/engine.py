@@ -237,7 +237,11 @@ class SpeculativeEngine:
         self.timing.rounds += 1
 
     def _target_pass(self, ids: Tensor, span: Span) -> Tensor:
-        """Run packed tokens [total] through the target; caches and proposer take note. Returns final states [total, d]."""
+        """Run packed tokens [total] through the target; caches and proposer take note.
+
+        Returns:
+            Final states [total, hidden].
+        """
         self._cache.span = span
         may_attend = self._columns[: span.end] <= span.to_rows(span.positions)[..., None]
         features = self.target.forward(

@@ -82,16 +82,6 @@ def seen_along(seen: Tensor, ids: Tensor) -> Tensor:
     return seen[:, None].repeat(1, ids.shape[1], 1).scatter_(2, so_far, True)
 
 
-def seen_in(ids: Tensor, lengths: Tensor, vocab: int) -> Tensor:
-    """Which tokens right-padded prompts hold.
-
-    Args:
-        ids: long [rows, tokens]
-        lengths: long [rows, 1], without the padding; at least 1.
-
-    Returns:
-        bool [rows, vocab]
-    """
-    inside = torch.arange(ids.shape[1], device=ids.device) < lengths
-    nothing = torch.zeros(len(ids), vocab, dtype=torch.bool, device=ids.device)
-    return nothing.scatter_(1, torch.where(inside, ids, ids[:, :1]), True)
+def seen_in(ids: Tensor, vocab: int) -> Tensor:
+    """Which tokens the rows hold: long [rows, tokens] -> bool [rows, vocab]"""
+    return torch.zeros(len(ids), vocab, dtype=torch.bool, device=ids.device).scatter_(1, ids, True)

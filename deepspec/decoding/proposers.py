@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deepspec.decoding.cache import KeyValueStore, Span
+from deepspec.decoding.cache import KeyValueStore, Span, bytes_per_slot
 from deepspec.decoding.sampling import SamplingSettings, draw
 from deepspec.drafts import DSparkModel
 from deepspec.drafts.loading import check_target
@@ -31,6 +31,9 @@ class Proposer(Protocol):
     block_size: int
     layer_ids: Sequence[int]  # target layers whose output it reads
     has_confidences: bool
+
+    def bytes_per_slot(self, columns: int) -> int:
+        """What `allocate` takes for each slot."""
 
     def allocate(self, slots: int, columns: int) -> None:
         """Make room for that many slots of that many positions."""
@@ -88,6 +91,9 @@ class DSparkProposer:
         self.has_confidences = draft.confidence_head is not None
         self._layers = range(draft.config.num_hidden_layers)
         self._store: KeyValueStore | None = None
+
+    def bytes_per_slot(self, columns: int) -> int:
+        return bytes_per_slot(self.draft.config, columns, self.draft.fc.weight.dtype)
 
     def allocate(self, slots: int, columns: int) -> None:
         weight = self.draft.fc.weight
