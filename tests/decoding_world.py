@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from deepspec.decoding import Proposal
 from deepspec.drafts import DSparkModel, build_draft
 from deepspec.targets import Target
 
@@ -40,6 +41,32 @@ def random_draft(target: Target, *, seed: int = 1, scale: float = 0.3, **changes
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.2 * noise if parameter.ndim == 1 else scale * noise)
     return draft
+
+
+class Replay:
+    """A proposer of greedy rows that knows what they will say, but gets every `wrong_every`-th position wrong."""
+
+    layer_ids = ()
+    has_confidences = False
+
+    def __init__(self, prompts: Sequence[list[int]], outputs: Sequence[list[int]], block_size: int, wrong_every: int):
+        self.block_size = block_size
+        self._following: dict[tuple[int, int], list[int]] = {}
+        for prompt, output in zip(prompts, outputs, strict=True):
+            for i, token in enumerate(output):
+                wrong = [
+                    (following + 1) % 7 if (i + j) % wrong_every == 0 else following
+                    for j, following in enumerate(output[i + 1 : i + 1 + block_size])
+                ]
+                self._following[len(prompt) + i, token] = wrong + [0] * (block_size - len(wrong))
+
+    def propose(self, anchors: Tensor, positions: Tensor, *_: object) -> Proposal:
+        pairs = zip(positions.tolist(), anchors.tolist(), strict=True)
+        return Proposal(torch.tensor([self._following[pair] for pair in pairs]), None, None)
+
+    def allocate(self, *_: object) -> None: ...
+
+    observe = move = clear = allocate
 
 
 def warped(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import GOLDENS
-from decoding_world import random_draft, random_target
+from decoding_world import Replay, random_draft, random_target
 
 from deepspec import load_draft
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
@@ -74,19 +74,29 @@ def test_greedy_rows_beside_sampled_rows_are_still_greedy(case):
     assert [completion.output_ids for completion in completions][1::2] != expected[1:12:2]
 
 
-@pytest.mark.parametrize("is_speculative", [True, False])
-def test_greedy_output_with_a_repetition_penalty_equals_generate(case, is_speculative):
+PENALTIES = (1.3, 1.0, 1.05, 0.8)  # of the requests in turn
+
+
+@pytest.mark.parametrize("proposer", ["draft", "replay", "none"])
+def test_greedy_output_with_a_repetition_penalty_equals_generate(case, proposer):
     target, draft, requests, free = case
     requests = [
-        replace(request, max_new_tokens=20, repetition_penalty=(1.3, 1.0, 1.05, 0.8)[i % 4])
+        replace(request, max_new_tokens=20, repetition_penalty=PENALTIES[i % 4])
         for i, request in enumerate(requests[:20])
     ]
+    prompts = [request.prompt_ids for request in requests]
     expected = [generated(target, r.prompt_ids, 20, repetition_penalty=r.repetition_penalty) for r in requests]
-    proposer = DSparkProposer(draft, target) if is_speculative else None
-    completions = SpeculativeEngine(target, proposer, slots=6, max_length=LONGEST + 30).generate(requests)
+    proposers = {
+        "draft": lambda: DSparkProposer(draft, target),
+        "replay": lambda: Replay(prompts, expected, block_size=6, wrong_every=5),
+        "none": lambda: None,
+    }
+    engine = SpeculativeEngine(target, proposers[proposer](), slots=6, max_length=LONGEST + 30)
+    completions = engine.generate(requests)
     assert [completion.output_ids for completion in completions] == expected
     changed = [output[: len(plain)] != plain for output, plain in zip(expected, free, strict=False)]
     assert sum(changed) >= 5
     assert not any(changed[1::4])
-    if is_speculative:
-        assert any(r.accepted for completion in completions[::4] for r in completion.rounds)
+    if proposer == "replay":
+        rounds = [r for completion in completions for r in completion.rounds]
+        assert sum(r.accepted for r in rounds) > 2 * len(rounds)

@@ -100,7 +100,6 @@ EVERYTHING = {"temperature": 1.2, "top_k": 7, "top_p": 0.95, "min_p": 0.05, "rep
         ("block", True, MIN_P),
         ("token", True, PENALISED),
         ("block", False, PENALISED),
-        ("token", False, EVERYTHING),
         ("block", False, EVERYTHING),
     ],
 )
