@@ -24,6 +24,7 @@ from benchmarks.summary import spread, summary, write_record
 from deepspec import load_draft
 from deepspec.arguments import run_command
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, Timing
+from deepspec.decoding.policies import ConfidenceThreshold
 from deepspec.evaluation.plan import stop_tokens
 from deepspec.evaluation.sets import load_set
 from deepspec.targets import Target, load_target, load_tokenizer
@@ -80,7 +81,7 @@ def ways_to_decode(options: BenchmarkOptions, target: Target, requests: list[Req
             proposer,
             slots=slots,
             max_length=positions,
-            confidence_threshold=options.confidence_threshold if with_draft else 0.0,
+            policy=ConfidenceThreshold(options.confidence_threshold, draft.block_size) if with_draft else None,
             verification=options.verification,
         )
 

@@ -117,8 +117,11 @@ class DecodeConfig:
     min_p: float = 0.0  # tokens less likely than this share of the likeliest one are dropped; 0 = off
     repetition_penalty: float = 1.0  # divides the positive logits of tokens that were there before; 1 = off
     stop_strings: list[str] = field(default_factory=list)  # an answer ends with the token that completes one
-    confidence_threshold: float = 0.0  # stop proposing at the first token whose confidence is below; 0 = always gamma
     verification: str = "token"  # token or block
+    policy: str = "fixed"  # how many drafted tokens are verified: fixed, threshold, prefix or asynchronous
+    draft_tokens: int | None = None  # fixed: how many; null = the whole block
+    confidence_threshold: float = 0.0  # threshold: only those before the first token whose confidence is below
+    sps: str | None = None  # prefix, asynchronous: the SPS table, a file of decoding.profile or a shipped name
 
 
 @dataclass
@@ -188,6 +191,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "features.cache_dtype": ("float32", "bfloat16", "float8", "int8"),
     "train.mixed_precision": ("no", "bf16"),
     "decode.verification": ("token", "block"),
+    "decode.policy": ("fixed", "threshold", "prefix", "asynchronous"),
     "logging.wandb.mode": ("disabled", "offline", "online"),
 }
 
@@ -231,6 +235,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "decode.top_p": (1e-6, 1),
     "decode.min_p": (0, 1),
     "decode.repetition_penalty": (0.01, 100),
+    "decode.draft_tokens": (0, None),
     "decode.confidence_threshold": (0, 1),
     "eval.limit": (1, None),
     "eval.temperatures": (0, None),

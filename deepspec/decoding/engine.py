@@ -19,6 +19,7 @@ from deepspec.config import near_match
 from deepspec.decoding.attention import SLOTS
 from deepspec.decoding.cache import SlotCache, Span
 from deepspec.decoding.memory import check_memory
+from deepspec.decoding.passes import target_pass
 from deepspec.decoding.penalties import seen_in
 from deepspec.decoding.policies import FixedLength, Policy
 from deepspec.decoding.proposers import Proposal, Proposer
@@ -66,14 +67,12 @@ class SpeculativeEngine:
         self.block_size = proposer.block_size if proposer else 0
         self.policy = policy or FixedLength(self.block_size, target.device)
         self.timing = Timing()
-        self._layer_ids = tuple(proposer.layer_ids) if proposer else ()
         self._verify = VERIFICATION_RULES[verification]
         self._device = target.device
         check_memory(target, proposer, slots, max_length)
         self._cache = SlotCache(target.config, slots, max_length, target.dtype, self._device)
         if proposer:
             proposer.allocate(slots, max_length)
-        self._columns = torch.arange(max_length, device=self._device)
         self._settings: SamplingSettings | None = None  # of the active rows; None = they have changed
         self._seen: Tensor | None = None  # bool [slots, vocab], of slots with a repetition penalty; None = no such yet
         self._rows: list[Row | None] = []  # row i lives in slot i; None = free
@@ -182,7 +181,7 @@ class SpeculativeEngine:
         counts = [len(prompt) for prompt in prompts]
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self._device)
         span = Span.of(slots, [0] * len(slots), counts, self._device)
-        final = self._target_pass(ids, span)
+        final = target_pass(self.target, self.proposer, self._cache, span, ids)
         logits = self.target.logits(final[torch.tensor(counts, device=self._device).cumsum(0) - 1])[:, None]
         is_penalised = any(row.request.repetition_penalty != 1 for row in entering)
         settings = self._settings_of(entering, seen_in(span.to_rows(ids), logits.shape[-1]) if is_penalised else None)
@@ -222,7 +221,8 @@ class SpeculativeEngine:
         ids = anchors[:, None]
         if proposal is not None:
             ids = torch.cat([ids, proposal.tokens[:, : span.longest - 1]], dim=1)
-        logits = span.to_rows(self.target.logits(self._target_pass(span.to_packed(ids), span)))
+        final = target_pass(self.target, self.proposer, self._cache, span, span.to_packed(ids))
+        logits = span.to_rows(self.target.logits(final))
         finite = _finite(logits)
         if settings.penalty:
             logits = settings.penalty.apply_along(logits, ids)
@@ -235,21 +235,6 @@ class SpeculativeEngine:
         self.timing.draft += drafted_at - started
         self.timing.verify += time.perf_counter() - drafted_at
         self.timing.rounds += 1
-
-    def _target_pass(self, ids: Tensor, span: Span) -> Tensor:
-        """Run packed tokens [total] through the target; caches and proposer take note.
-
-        Returns:
-            Final states [total, hidden].
-        """
-        self._cache.span = span
-        may_attend = self._columns[: span.end] <= span.to_rows(span.positions)[..., None]
-        features = self.target.forward(
-            ids[None], span.positions[None], may_attend[:, None], self._cache, self._layer_ids, span=span
-        )
-        if self.proposer:
-            self.proposer.observe(span, features.context[0])
-        return features.final[0]
 
     def _span(self, proposal: Proposal | None, starts: list[int], lengths: Tensor) -> tuple[Tensor | None, Span]:
         """How many drafted tokens of each row to verify, None = the same number of each, and the tokens of that pass.

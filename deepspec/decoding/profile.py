@@ -25,7 +25,9 @@ from deepspec.arguments import run_command
 from deepspec.config import CHOICES, ConfigError, near_match
 from deepspec.decoding.attention import SLOTS
 from deepspec.decoding.cache import SlotCache, Span
+from deepspec.decoding.passes import target_pass
 from deepspec.decoding.proposers import DSparkProposer, Proposer
+from deepspec.decoding.requests import Request
 from deepspec.decoding.sampling import SamplingSettings
 from deepspec.decoding.sps import smooth, smoothing_report
 from deepspec.drafts import load_draft
@@ -71,15 +73,11 @@ def verifying(target: Target, proposer: Proposer, cache: SlotCache, rows: int, t
 
     Logits are computed, and the proposer takes in the features, as in every round.
     """
-    span = Span(range(rows), [context] * rows, tokens, target.device)
-    ids = torch.randint(target.vocab_size, (rows, tokens), device=target.device)
-    may_attend = (torch.arange(span.columns, device=target.device) <= span.positions[..., None])[:, None]
+    ids = torch.randint(target.vocab_size, (rows * tokens,), device=target.device)
 
     def run() -> None:
-        cache.begin(span, attend_slots=True)
-        features = target.forward(ids, span.positions, may_attend, cache, proposer.layer_ids)
-        target.logits(features.final)
-        proposer.observe(span, features.context)
+        span = Span.of(range(rows), [context] * rows, [tokens] * rows, target.device)
+        target.logits(target_pass(target, proposer, cache, span, ids))
 
     return run
 
@@ -89,11 +87,12 @@ def drafting(proposer: Proposer, target: Target, rows: int, context: int) -> Run
     """Proposals for the first `rows` slots at temperature 1."""
     device = target.device
     anchors, positions = torch.zeros(rows, dtype=torch.long, device=device), torch.full((rows,), context, device=device)
-    settings = SamplingSettings.of_rows([1.0] * rows, [0] * rows, [1.0] * rows, target.vocab_size, device)
+    requests = [Request([0], 1, temperature=1.0)] * rows
+    settings = SamplingSettings.of_requests(requests, target.vocab_size, device)
     uniform = torch.rand(rows, proposer.block_size, dtype=torch.float64, device=device)
 
     def run() -> None:
-        proposer.propose(anchors, positions, context, settings, uniform)
+        proposer.propose(anchors, positions, context, settings, uniform, proposer.block_size)
 
     return run
 

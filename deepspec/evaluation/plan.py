@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError, EvalRun
 from deepspec.data.jsonl import DataError
+from deepspec.decoding.policies import Policy, PolicySetup, build_policy
+from deepspec.decoding.sps import load_table
 from deepspec.drafts.configuration import DraftSettings
 from deepspec.drafts.loading import find_draft_folder, read_draft_config
 from deepspec.evaluation.records import Key, digest_of
@@ -72,6 +75,7 @@ def make_plan(config: EvalRun) -> Plan:
     folder = find_draft_folder(config.checkpoint)
     draft_config = read_draft_config(folder)
     settings = DraftSettings.of(draft_config)
+    policy_for(config, settings, torch.device("cpu"))  # or refuse
     prompts = {
         name: load_set(
             name,
@@ -112,6 +116,25 @@ def make_plan(config: EvalRun) -> Plan:
     )
 
 
+def policy_for(config: EvalRun, settings: DraftSettings, device: torch.device) -> Policy:
+    """The verification policy that `decode` asks for, for a draft of these settings.
+
+    Raises:
+        ConfigError, DataError, FileNotFoundError: see `build_policy` and `load_table`.
+    """
+    decode = config.decode
+    setup = PolicySetup(
+        block_size=settings.block_size,
+        rows=decode.batch_size,
+        has_confidences=settings.confidence_head,
+        device=device,
+        draft_tokens=decode.draft_tokens,
+        confidence_threshold=decode.confidence_threshold,
+        sps=load_table(decode.sps) if decode.sps else None,
+    )
+    return build_policy(decode.policy, setup)
+
+
 def new_tokens(prompt: Prompt, max_new_tokens: int, positions: int) -> int:
     """How many tokens may follow a prompt: `max_new_tokens`, or fewer where the target's positions end before."""
     return min(max_new_tokens, positions - len(prompt.ids))
@@ -132,7 +155,8 @@ def _slot_length(config: EvalRun, prompts: dict[str, list[Prompt]], positions: i
 
 
 def _decoding_settings(config: EvalRun) -> dict[str, Any]:
-    return {name: value for name, value in asdict(config.decode).items() if name != "max_length"}
+    settings = {name: value for name, value in asdict(config.decode).items() if name != "max_length"}
+    return settings | {"sps": asdict(load_table(config.decode.sps)) if config.decode.sps else None}
 
 
 def stop_tokens(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

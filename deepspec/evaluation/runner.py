@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from deepspec.config import EvalRun, flatten
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
 from deepspec.drafts import load_draft
 from deepspec.environment import command_line, machine, versions
-from deepspec.evaluation.plan import Chunk, Plan, make_plan, new_tokens
+from deepspec.evaluation.plan import Chunk, Plan, make_plan, new_tokens, policy_for
 from deepspec.evaluation.progress import EvaluationProgress, make_console
 from deepspec.evaluation.records import Decoding, Key, Record, RecordStore
 from deepspec.evaluation.sets import Prompt
@@ -185,13 +184,16 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
     dtype = getattr(torch, config.target.dtype)
     target = load_target(config.target.path, revision=config.target.revision, dtype=dtype, device=device)
     draft = load_draft(plan.draft_folder, dtype=dtype, device=device, target=target)
-    decode = partial(plan.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def decode(ids: list[int]) -> str:
+        return str(plan.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     speculative = SpeculativeEngine(
         target,
         DSparkProposer(draft, target),
         slots=config.decode.batch_size,
         max_length=plan.max_length,
-        confidence_threshold=config.decode.confidence_threshold,
+        policy=policy_for(config, plan.draft_settings, device),
         verification=config.decode.verification,
         decode=decode,
     )

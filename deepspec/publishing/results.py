@@ -25,7 +25,9 @@ CONDITIONS = {
     "decode.min_p": "Min-p (0 = off)",
     "decode.repetition_penalty": "Repetition penalty (1 = off)",
     "decode.stop_strings": "Stop strings",
-    "decode.confidence_threshold": "Confidence threshold (0 = always the whole block)",
+    "decode.policy": "Verification policy",
+    "decode.draft_tokens": "Drafted tokens verified (None = the whole block)",
+    "decode.confidence_threshold": "Confidence threshold",
     "target.dtype": "Number format",
     "seed": "Seed",
 }
