@@ -1,6 +1,7 @@
 """The speculative decoder: engine, proposers, verification rules, sampling, caches."""
 
 from deepspec.decoding.engine import SpeculativeEngine
+from deepspec.decoding.lookup import LookupProposer
 from deepspec.decoding.proposers import DSparkProposer, Proposal, Proposer
 from deepspec.decoding.requests import Completion, Request, Round, Timing
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict
@@ -9,6 +10,7 @@ __all__ = [
     "VERIFICATION_RULES",
     "Completion",
     "DSparkProposer",
+    "LookupProposer",
     "Proposal",
     "Proposer",
     "Request",

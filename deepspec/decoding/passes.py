@@ -26,5 +26,5 @@ def target_pass(target: Target, proposer: Proposer | None, cache: SlotCache, spa
     layer_ids = tuple(proposer.layer_ids) if proposer else ()
     features = target.forward(ids[None], span.positions[None], may_attend[:, None], cache, layer_ids, span=span)
     if proposer:
-        proposer.observe(span, features.context[0])
+        proposer.observe(span, ids, features.context[0])
     return features.final[0]

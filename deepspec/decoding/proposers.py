@@ -38,8 +38,8 @@ class Proposer(Protocol):
     def allocate(self, slots: int, columns: int) -> None:
         """Make room for that many slots of that many positions."""
 
-    def observe(self, span: Span, features: Tensor) -> None:
-        """Features [total, layers * hidden] of target tokens at the positions of `span`.
+    def observe(self, span: Span, ids: Tensor, features: Tensor) -> None:
+        """Tokens [total] and their features [total, layers * hidden] at the positions of `span`.
 
         Later calls may overwrite positions: the last word counts.
         """
@@ -104,7 +104,7 @@ class DSparkProposer:
         assert self._store is not None, "allocate comes first"
         return self._store
 
-    def observe(self, span: Span, features: Tensor) -> None:
+    def observe(self, span: Span, ids: Tensor, features: Tensor) -> None:
         context = self.draft.project_context(features[None])
         for layer, (keys, values) in enumerate(self.draft.context_key_values(context, span.positions[None])):
             self.store.write(layer, span, keys, values)
