@@ -1,0 +1,87 @@
+"""The usual loop of training repositories: one prompt at a time, caches that grow by concatenation and are cropped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from deepspec.decoding import Request
+from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw, probabilities
+from deepspec.decoding.verification import verify_greedy, verify_tokens
+from deepspec.drafts import DSparkModel
+from deepspec.drafts.backbone import KeyValue
+from deepspec.targets import Target
+
+
+@torch.inference_mode()
+def decode(target: Target, draft: DSparkModel, request: Request) -> tuple[list[int], int]:
+    """One request's output tokens and its number of rounds."""
+    settings = SamplingSettings.of_requests([request], target.vocab_size, target.device)
+    stream = UniformStream(request.seed, 2 * draft.block_size + 1)
+    cache, context = DynamicCache(), []
+    prompt = torch.tensor([request.prompt_ids])
+    logits, context = _forward(target, draft, prompt, 0, cache, context)
+    uniform = stream.draw()
+    output = draw(logits[:, -1:], settings, uniform[None, -1:])[0][0].tolist()
+    length, rounds = prompt.shape[1], 0
+    while len(output) < request.max_new_tokens and not set(output) & set(request.stop_token_ids):
+        uniform = stream.draw()
+        tokens, distribution = _draft_block(draft, output[-1], length, context, settings, uniform)
+        ids = torch.cat([torch.tensor([[output[-1]]]), tokens], dim=1)
+        logits, context = _forward(target, draft, ids, length, cache, context)
+        if distribution is None:
+            verdict = verify_greedy(tokens, logits.argmax(-1), None)
+        else:
+            accept = uniform[None, draft.block_size : -1]
+            verdict = verify_tokens(tokens, distribution, probabilities(logits, settings), None, accept, uniform[-1:])
+        accepted = int(verdict.accepted)
+        output += [*tokens[0, :accepted].tolist(), int(verdict.next_token)]
+        length, rounds = length + accepted + 1, rounds + 1
+        cache.crop(length)
+        context = [(keys[:, :, :length], values[:, :, :length]) for keys, values in context]
+    stop = next((i + 1 for i, token in enumerate(output) if token in request.stop_token_ids), request.max_new_tokens)
+    return output[: min(stop, request.max_new_tokens)], rounds
+
+
+def _forward(
+    target: Target, draft: DSparkModel, ids: Tensor, start: int, cache: DynamicCache, context: list[KeyValue]
+) -> tuple[Tensor, list[KeyValue]]:
+    """Logits of new tokens [1, tokens] and the draft's context with them."""
+    positions = torch.arange(start, start + ids.shape[1])[None]
+    features = target.hidden_states(
+        draft.target_layer_ids, input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    new = draft.context_key_values(draft.project_context(features.context), positions)
+    if context:
+        new = [
+            (torch.cat([old_keys, keys], dim=2), torch.cat([old_values, values], dim=2))
+            for (old_keys, old_values), (keys, values) in zip(context, new, strict=True)
+        ]
+    return target.logits(features.final), new
+
+
+def _draft_block(
+    draft: DSparkModel,
+    anchor: int,
+    position: int,
+    context: list[KeyValue],
+    settings: SamplingSettings,
+    uniform: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens [1, slots] and what they were drawn from."""
+    hidden = draft.draft_block(torch.tensor([anchor]), torch.tensor([position]), context)
+    logits, head = draft.base_logits(hidden), draft.markov_head
+    if head is None:
+        return draw(logits, settings, uniform[None, : draft.block_size])
+    previous, drawn_from, state = torch.tensor([[anchor]]), [], head.initial_state(hidden[:, :1])
+    tokens = []
+    for slot in range(draft.block_size):
+        latent, state = head.step(previous, hidden[:, slot : slot + 1], state)
+        biased = logits[:, slot : slot + 1] + head.bias(latent)
+        previous, distribution = draw(biased, settings, uniform[None, slot : slot + 1])
+        tokens.append(previous)
+        drawn_from.append(distribution)
+    if settings.all_greedy:
+        return torch.cat(tokens, dim=1), None
+    return torch.cat(tokens, dim=1), torch.cat([d for d in drawn_from if d is not None], dim=1)
