@@ -1,17 +1,17 @@
-"""Tokens per second of the built-in target, decoded in several ways, interleaved in one run.
+"""Tokens per second of a target, decoded in several ways, interleaved in one run.
 
-    python -m benchmarks.decode_cpu checkpoint=outputs/demo/smoke [repeats=5] [prompts=8] [max_new_tokens=128]
+    python -m benchmarks.decoding checkpoint=outputs/demo/smoke [repeats=5] [prompts=8] [max_new_tokens=96]
 
 Each repeat decodes the same prompts in every way, one after the other, so a slow spell of the machine hits all of them;
 ratios are taken within a repeat. Printed and written as JSON: median, smallest and largest tokens/s and ratios, tokens
-per round (tau), and how long the parts of a round take.
+per round (tau), how long the parts of a round take, and what the sequential head adds to a round.
 """
 
 from __future__ import annotations
 
-import statistics
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from benchmarks import growing_cache
 from benchmarks.summary import spread, summary, write_record
 from deepspec import load_draft
 from deepspec.arguments import run_command
-from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, Timing
+from deepspec.decoding import DSparkProposer, LookupProposer, Proposer, Request, SpeculativeEngine, Timing
 from deepspec.decoding.policies import ConfidenceThreshold
+from deepspec.drafts import DSparkModel
 from deepspec.evaluation.plan import stop_tokens
 from deepspec.evaluation.sets import load_set
 from deepspec.targets import Target, load_target, load_tokenizer
 
 TABLE_WIDTH = 125
-GENERATE = "generate, batch 1"
+GENERATE, LOOKUP = "transformers generate", "transformers prompt lookup"
+GROWING = "one prompt, growing cache"
+WITHOUT_HEAD = "without the sequential head, batch {}"
 
 
 @dataclass(frozen=True)
@@ -43,68 +47,110 @@ class Run:
     emitted: int = 0  # by these rounds
     timing: Timing | None = None
 
+    @property
+    def round_ms(self) -> float:
+        assert self.timing is not None
+        return 1e3 * (self.timing.draft + self.timing.verify) / self.timing.rounds
+
 
 @dataclass(frozen=True)
 class Way:
-    """A way of decoding, and the name of the way that it should beat."""
+    """A way of decoding, and the names of the ways that it is compared with."""
 
     run: Callable[[], Run]
-    against: str | None = None
+    against: Sequence[str] = ()
 
 
 @dataclass
 class BenchmarkOptions:
-    """Plain and speculative decoding at batch 1 and 8 against `transformers` generate."""
+    """Plain and speculative decoding at several batch sizes against Transformers and a one-prompt loop."""
 
     checkpoint: str = "???"  # draft folder or run folder
     target: str = "builtin"
     prompts_dir: str = "outputs/corpus/prompts"
     sets: str = "math,code,chat"
-    prompts: int = 8  # per set
-    max_new_tokens: int = 128  # per prompt; answers end earlier at their stop token
+    prompts: int = 11  # per set
+    max_new_tokens: int = 96  # per prompt; answers end earlier at their stop token
     temperature: float = 1.0
-    confidence_threshold: float = 0.0  # propose up to the first token below; 0 = all
+    batches: str = "1,8,16,32"
     verification: str = "token"  # token or block
     repeats: int = 5  # counted; one more goes first as a warm-up
-    output: str = "outputs/benchmarks/decode_cpu.json"
+    output: str = "outputs/benchmarks/decoding.json"
 
 
 def ways_to_decode(options: BenchmarkOptions, target: Target, requests: list[Request]) -> dict[str, Way]:
     draft = load_draft(options.checkpoint, target=target)
-    longest = max(len(request.prompt_ids) for request in requests)
-    positions = longest + options.max_new_tokens + draft.block_size
-
-    def engine(slots: int, *, with_draft: bool) -> Callable[[], Run]:
-        proposer = DSparkProposer(draft, target) if with_draft else None
-        engine = SpeculativeEngine(
-            target,
-            proposer,
-            slots=slots,
-            max_length=positions,
-            policy=ConfidenceThreshold(options.confidence_threshold, draft.block_size) if with_draft else None,
-            verification=options.verification,
-        )
-
-        def run() -> Run:
-            started = time.perf_counter()
-            made = engine.generate(requests)
-            seconds = time.perf_counter() - started
-            rounds = [r for completion in made for r in completion.rounds]
-            tokens = sum(len(completion.output_ids) for completion in made)
-            return Run(tokens, seconds, len(rounds), sum(r.emitted for r in rounds), engine.timing)
-
-        return run
-
-    return {
+    batches = [int(size) for size in options.batches.split(",")]
+    ways = {
         GENERATE: Way(lambda: generate(options, target, requests)),
-        "plain, batch 1": Way(engine(1, with_draft=False), GENERATE),
-        "speculative, batch 1": Way(engine(1, with_draft=True), "plain, batch 1"),
-        "plain, batch 8": Way(engine(8, with_draft=False), "plain, batch 1"),
-        "speculative, batch 8": Way(engine(8, with_draft=True), "plain, batch 8"),
+        LOOKUP: Way(lambda: generate(options, target, requests, prompt_lookup_num_tokens=draft.block_size)),
+        GROWING: Way(lambda: one_by_one(target, draft, requests)),
     }
+    for size in batches:
+        lookup = LookupProposer(target.vocab_size, draft.block_size, device=target.device)
+        found = ConfidenceThreshold(0.5, draft.block_size)
+        ways |= {
+            plain(size): Way(engine(options, target, None, requests, size), [GENERATE]),
+            f"prompt lookup, batch {size}": Way(
+                engine(options, target, lookup, requests, size, policy=found), [plain(size), LOOKUP]
+            ),
+            speculative(size): Way(
+                engine(options, target, DSparkProposer(draft, target), requests, size), [plain(size), GROWING]
+            ),
+        }
+    if draft.markov_head is not None:
+        largest = max(batches)
+        headless = copy.copy(draft)
+        headless._modules = draft._modules | {"markov_head": None, "confidence_head": None}
+        ways[WITHOUT_HEAD.format(largest)] = Way(
+            engine(options, target, DSparkProposer(headless, target), requests, largest)
+        )
+    return ways
 
 
-def generate(options: BenchmarkOptions, target: Target, requests: list[Request]) -> Run:
+def plain(batch: int) -> str:
+    return f"plain, batch {batch}"
+
+
+def speculative(batch: int) -> str:
+    return f"speculative, batch {batch}"
+
+
+def engine(
+    options: BenchmarkOptions,
+    target: Target,
+    proposer: Proposer | None,
+    requests: list[Request],
+    slots: int,
+    **more: Any,
+) -> Callable[[], Run]:
+    longest = max(len(request.prompt_ids) for request in requests)
+    positions = longest + options.max_new_tokens + (proposer.block_size if proposer else 0)
+    made = SpeculativeEngine(
+        target, proposer, slots=slots, max_length=positions, verification=options.verification, **more
+    )
+
+    def run() -> Run:
+        started = time.perf_counter()
+        completions = made.generate(requests)
+        seconds = time.perf_counter() - started
+        rounds = [r for completion in completions for r in completion.rounds]
+        tokens = sum(len(completion.output_ids) for completion in completions)
+        return Run(tokens, seconds, len(rounds), sum(r.emitted for r in rounds), made.timing)
+
+    return run
+
+
+def one_by_one(target: Target, draft: DSparkModel, requests: list[Request]) -> Run:
+    started = time.perf_counter()
+    made = [growing_cache.decode(target, draft, request) for request in requests]
+    seconds = time.perf_counter() - started
+    tokens = sum(len(output) for output, _ in made)
+    rounds = sum(rounds for _, rounds in made)
+    return Run(tokens, seconds, rounds, tokens - len(made))
+
+
+def generate(options: BenchmarkOptions, target: Target, requests: list[Request], **more: Any) -> Run:
     """One prompt after the other through Transformers."""
     sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature:
@@ -112,7 +158,7 @@ def generate(options: BenchmarkOptions, target: Target, requests: list[Request])
     made = 0
     started = time.perf_counter()
     for request in requests:
-        prompt = torch.tensor([request.prompt_ids])
+        prompt = torch.tensor([request.prompt_ids], device=target.device)
         mask = torch.ones_like(prompt)
         output = target.model.generate(
             prompt,
@@ -121,6 +167,7 @@ def generate(options: BenchmarkOptions, target: Target, requests: list[Request])
             eos_token_id=list(request.stop_token_ids) or None,
             pad_token_id=0,
             **sampling,
+            **more,
         )
         made += output.shape[1] - prompt.shape[1]
     return Run(made, time.perf_counter() - started)
@@ -137,22 +184,35 @@ def measure(ways: dict[str, Way], repeats: int) -> dict[str, list[Run]]:
     return runs
 
 
-def result_of(way: Way, runs: list[Run], others: list[Run] | None) -> dict[str, Any]:
-    """Speeds of one way, ratios to another one run by run, and the parts of a round in milliseconds."""
-    result: dict[str, Any] = {"tokens_per_second": summary([run.tokens / run.seconds for run in runs])}
-    if others:
-        pairs = zip(runs, others, strict=True)
-        ratios = [a.tokens / a.seconds / (b.tokens / b.seconds) for a, b in pairs]
-        result["ratio"] = {"to": way.against, **summary(ratios)}
+def result_of(runs: list[Run], others: dict[str, list[Run]]) -> dict[str, Any]:
+    """Speeds of one way, ratios to others run by run, and the parts of a round in milliseconds."""
+    result: dict[str, Any] = {
+        "tokens_per_second": summary([run.tokens / run.seconds for run in runs]),
+        "ratios": {
+            name: summary([a.tokens / a.seconds / (b.tokens / b.seconds) for a, b in zip(runs, theirs, strict=True)])
+            for name, theirs in others.items()
+        },
+    }
+    if runs[0].rounds:
+        result["tau"] = sum(run.emitted for run in runs) / sum(run.rounds for run in runs)
     timings = [run.timing for run in runs if run.timing]
     if timings:
-        result["tau"] = sum(run.emitted for run in runs) / sum(run.rounds for run in runs)
         result["round_ms"] = {
-            part: statistics.median(1e3 * getattr(timing, part) / timing.rounds for timing in timings)
+            part: summary([1e3 * getattr(timing, part) / timing.rounds for timing in timings])
             for part in ("draft", "verify")
         }
-        result["prefill_share"] = statistics.median(run.timing.prefill / run.seconds for run in runs if run.timing)
+        result["prefill_share"] = summary([run.timing.prefill / run.seconds for run in runs if run.timing])
     return result
+
+
+def head_share(runs: dict[str, list[Run]], batches: str) -> dict[str, float] | None:
+    """What the sequential and the confidence head add to a round at the largest batch, as a share of the round."""
+    largest = max(int(size) for size in batches.split(","))
+    without = runs.get(WITHOUT_HEAD.format(largest))
+    if without is None:
+        return None
+    pairs = zip(runs[speculative(largest)], without, strict=True)
+    return summary([a.round_ms / b.round_ms - 1 for a, b in pairs])
 
 
 def table_of(results: dict[str, dict[str, Any]]) -> Table:
@@ -160,21 +220,23 @@ def table_of(results: dict[str, dict[str, Any]]) -> Table:
     for column in ("decoded with", "tokens/s", "compared with", "ratio", "tau", "draft + verify, ms"):
         table.add_column(column, no_wrap=True)
     for name, result in results.items():
-        ratio, parts = result.get("ratio"), result.get("round_ms")
+        parts = result.get("round_ms")
+        ratios = result["ratios"].items()
         table.add_row(
             name,
             spread(result["tokens_per_second"], 0),
-            ratio["to"] if ratio else "",
-            spread(ratio, 2) if ratio else "",
-            f"{result['tau']:.2f}" if parts else "",
-            f"{parts['draft']:.1f} + {parts['verify']:.1f}" if parts else "",
+            "\n".join(other for other, _ in ratios),
+            "\n".join(spread(ratio, 2) for _, ratio in ratios),
+            f"{result['tau']:.2f}" if "tau" in result else "",
+            f"{parts['draft']['median']:.1f} + {parts['verify']['median']:.1f}" if parts else "",
         )
     return table
 
 
 def main(options: BenchmarkOptions) -> None:
     transformers_logging.set_verbosity_error()
-    target = load_target(options.target)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    target = load_target(options.target, device=torch.device(device))
     tokenizer = load_tokenizer(options.target)
     stops = stop_tokens(options.target, None, tokenizer)
     names = options.sets.split(",")
@@ -185,11 +247,14 @@ def main(options: BenchmarkOptions) -> None:
     ]
     ways = ways_to_decode(options, target, requests)
     runs = measure(ways, options.repeats)
-    results = {
-        name: result_of(way, runs[name], runs[way.against] if way.against else None) for name, way in ways.items()
-    }
+    results = {name: result_of(runs[name], {other: runs[other] for other in ways[name].against}) for name in ways}
     Console(width=max(Console().width, TABLE_WIDTH)).print(table_of(results))
-    write_record(options.output, results, options, requests=len(requests))
+    share = head_share(runs, options.batches)
+    if share:
+        print(
+            f"the sequential and the confidence head add {spread({k: 100 * v for k, v in share.items()}, 1)}% to a round"
+        )
+    write_record(options.output, results, options, requests=len(requests), head_share=share)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ def decode(target: Target, draft: DSparkModel, request: Request) -> tuple[list[i
     """One request's output tokens and its number of rounds."""
     settings = SamplingSettings.of_requests([request], target.vocab_size, target.device)
     stream = UniformStream(request.seed, 2 * draft.block_size + 1)
-    cache, context = DynamicCache(), []
+    cache = DynamicCache()
     prompt = torch.tensor([request.prompt_ids])
-    logits, context = _forward(target, draft, prompt, 0, cache, context)
+    logits, context = _forward(target, draft, prompt, 0, cache, [])
     uniform = stream.draw()
     output = draw(logits[:, -1:], settings, uniform[None, -1:])[0][0].tolist()
     length, rounds = prompt.shape[1], 0
@@ -38,7 +38,8 @@ def decode(target: Target, draft: DSparkModel, request: Request) -> tuple[list[i
         accepted = int(verdict.accepted)
         output += [*tokens[0, :accepted].tolist(), int(verdict.next_token)]
         length, rounds = length + accepted + 1, rounds + 1
-        cache.crop(length)
+        if accepted < draft.block_size:
+            cache.crop(accepted - draft.block_size)  # tokens to remove, as a negative number
         context = [(keys[:, :, :length], values[:, :, :length]) for keys, values in context]
     stop = next((i + 1 for i, token in enumerate(output) if token in request.stop_token_ids), request.max_new_tokens)
     return output[: min(stop, request.max_new_tokens)], rounds
@@ -50,7 +51,11 @@ def _forward(
     """Logits of new tokens [1, tokens] and the draft's context with them."""
     positions = torch.arange(start, start + ids.shape[1])[None]
     features = target.hidden_states(
-        draft.target_layer_ids, input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
+        draft.target_layer_ids,
+        input_ids=ids,
+        position_ids=positions,
+        use_cache=True,
+        **{target.cache_argument: cache},
     )
     new = draft.context_key_values(draft.project_context(features.context), positions)
     if context:

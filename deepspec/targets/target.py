@@ -51,7 +51,7 @@ class Target:
         self._layers = self.adapter.layers(model)
         self._head = self.adapter.head(model)
         parameters = inspect.signature(self._decoder.forward).parameters
-        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._fingerprint: str | None = None
 
     @property
@@ -146,7 +146,7 @@ class Target:
             attention_mask=attention_mask,
             use_cache=True,
             **attention,
-            **{self._cache_argument: cache},
+            **{self.cache_argument: cache},
         )
 
     def logits(self, final: Tensor) -> Tensor:
