@@ -27,7 +27,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 @cache
 def metaspace() -> PreTrainedTokenizerFast:
-    """As Llama 2: words begin with a mark for the space, rare characters fall back to bytes, a leading space is dropped."""
+    """As Llama 2: a mark for the space, rare characters as bytes, no leading space in the text."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -140,9 +140,7 @@ def test_every_place_of_a_round_in_one_mixed_batch(golden_target, verification):
     plain = SpeculativeEngine(golden_target, max_length=64, decode=numbers)
     expected = plain.generate([Request(PROMPT, LIMIT)])[0].output_ids
     replay = Replay([PROMPT], [expected], BLOCK, wrong_every=3)
-    engine = SpeculativeEngine(
-        golden_target, replay, slots=5, max_length=64, verification=verification, decode=numbers
-    )
+    engine = SpeculativeEngine(golden_target, replay, slots=5, max_length=64, verification=verification, decode=numbers)
     free = engine.generate([Request(PROMPT, LIMIT)])[0]
     assert free.output_ids == expected
     place_of = {0: None}  # output index -> (round, how many new tokens of it this one completes)

@@ -48,8 +48,8 @@ class Request:
 class Round:
     """One verification round, counted as the paper counts (DSpark section 5).
 
-    When an accepted token is a stop or completes a stop string, the proposal counts up to it and there is no bonus token. `accepted` may go beyond
-    `max_new_tokens` in the last round; `emitted` never does.
+    When an accepted token is a stop or completes a stop string, the proposal counts up to it and there is no bonus
+    token. `accepted` may go beyond `max_new_tokens` in the last round; `emitted` never does.
     """
 
     proposed: int  # drafted tokens that were verified

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +184,11 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
     dtype = getattr(torch, config.target.dtype)
     target = load_target(config.target.path, revision=config.target.revision, dtype=dtype, device=device)
     draft = load_draft(plan.draft_folder, dtype=dtype, device=device, target=target)
-    decode = partial(plan.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def text_of(ids: list[int]) -> str:
+        """Special tokens stay, so that a stop string may name one."""
+        return str(plan.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     speculative = SpeculativeEngine(
         target,
         DSparkProposer(draft, target),
@@ -193,11 +196,11 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
         max_length=plan.max_length,
         confidence_threshold=config.decode.confidence_threshold,
         verification=config.decode.verification,
-        decode=decode,
+        decode=text_of,
     )
     plain = None
     if config.eval.baseline:
-        plain = SpeculativeEngine(target, slots=config.decode.batch_size, max_length=plan.max_length, decode=decode)
+        plain = SpeculativeEngine(target, slots=config.decode.batch_size, max_length=plan.max_length, decode=text_of)
     return _Decoder(config, plan, speculative, plain)
 
 
