@@ -78,7 +78,7 @@ def warped(
     repetition_penalty: float = 1.0,
     prefixes: Tensor | None = None,
 ) -> Tensor:
-    """Float64 probabilities after the processors of Transformers' `generate`: [rows, vocab] -> same shape.
+    """Float64 probabilities after the processors of `generate` of Transformers: [rows, vocab] -> same shape.
 
     `prefixes` [rows, tokens] is what the repetition penalty looks at.
     """

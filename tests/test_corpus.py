@@ -69,8 +69,14 @@ def test_split_goes_by_seed_and_name_alone():
 def test_corpus_has_all_sets_and_prompts(corpus):
     counts = Counter(row["set"] for _, row in read_jsonl(corpus / "heldout.jsonl"))
     for name in SETS:
-        prompts = list(read_jsonl(corpus / "prompts" / f"{name}.jsonl"))
-        assert len(prompts) == counts[name] > 5
+        prompts, for_calibration = (
+            [row["turns"][0] for _, row in read_jsonl(corpus / "prompts" / f"{file}.jsonl")]
+            for file in (name, f"calibration_{name}")
+        )
+        assert not set(prompts) & set(for_calibration)
+        assert len({*prompts, *for_calibration}) > 5
+        assert 0.9 * counts[name] <= len(prompts) + len(for_calibration) <= counts[name]
+        assert 0.15 < len(for_calibration) / counts[name] < 0.35
 
 
 def test_corpus_is_reused_and_repaired(corpus, capsys, tmp_path):

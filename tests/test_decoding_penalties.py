@@ -91,3 +91,29 @@ def test_no_table_without_a_request_that_needs_it(monkeypatch):
     assert [c.output_ids for c in after[:4]] == [c.output_ids for c in before]
     monkeypatch.setattr("deepspec.decoding.penalties.penalise", lambda *_: pytest.fail("a penalty without need"))
     assert [c.output_ids for c in engine.generate(plain)] == [c.output_ids for c in before]
+
+
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash"])
+@pytest.mark.parametrize("temperature", [0.0, 0.2])
+def test_a_draft_avoids_what_was_seen(algorithm, temperature, monkeypatch):
+    """Under the largest penalty no seen token is drafted; with a sequential head, none of the same round either."""
+    target = random_target()
+    heads = {} if algorithm == "dspark" else {"markov_rank": 0, "confidence_head": False}
+    proposer = DSparkProposer(random_draft(target, algorithm=algorithm, **heads), target)
+    propose, drafted = proposer.propose, []
+
+    def recording(anchors, positions, *args):
+        proposal = propose(anchors, positions, *args)
+        drafted.append((positions[0].item(), proposal.tokens[0].tolist()))
+        return proposal
+
+    monkeypatch.setattr(proposer, "propose", recording)
+    engine = SpeculativeEngine(target, proposer, max_length=20)
+    for prompt in ([3, 1, 4, 1 + i] for i in range(40)):
+        drafted.clear()
+        request = Request(prompt, 6, temperature, repetition_penalty=100.0)
+        output = engine.generate([request])[0].output_ids
+        assert drafted
+        for anchor, tokens in drafted:
+            assert not set(tokens) & {*prompt, *output[: anchor - len(prompt) + 1]}
+            assert algorithm == "dflash" or len(set(tokens)) == len(tokens)

@@ -211,7 +211,7 @@ def test_the_scheduler_verifies_less_the_more_rows_share_the_pass():
 
 def test_what_a_round_costs_besides_its_pass_makes_more_tokens_worthwhile():
     bare = SpsTable([1, 64], [100.0, 20.0])
-    drafting = SpsTable([1, 64], [100.0, 20.0], rows=[1, 32], row_seconds=[0.05, 0.2])
+    drafting = SpsTable([1, 64], [100.0, 20.0], rows=[1, 32], draft_seconds=[0.05, 0.2])
     confidences = torch.full((8, 5), 0.6)
     lengths = [build_policy("prefix", setup(sps=table)).lengths(confidences, 8).sum() for table in (bare, drafting)]
     assert lengths[1] > lengths[0]

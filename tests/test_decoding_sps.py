@@ -33,9 +33,10 @@ def test_time_is_linear_between_sizes_and_goes_on_with_the_last_slope():
 
 
 def test_rows_add_what_a_round_costs_besides_its_pass():
-    table = SpsTable([1, 9], [1.0, 1 / 9.0], rows=[1, 3], row_seconds=[0.5, 0.7])
-    assert table.seconds([2, 5], [1, 2]) == pytest.approx([2.5, 5.6])
-    assert SpsTable([1], [1.0]).row_seconds_at([1, 2]).tolist() == [0.0, 0.0]
+    table = SpsTable([1, 9], [1.0, 1 / 9.0], rows=[1, 3], draft_seconds=[0.5, 0.7], context_seconds=[0.1, 0.3])
+    assert table.round_seconds([2, 5], [1, 2]) == pytest.approx([2.6, 5.8])
+    assert table.round_seconds([2, 5], [1, 2], drafting=False) == pytest.approx([2.1, 5.2])
+    assert SpsTable([1], [1.0]).beside_seconds([1, 2]).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,8 @@ def test_rows_add_what_a_round_costs_besides_its_pass():
         (([1], [float("nan")]), "finite"),
         (([1], [1.0], [2, 2], [0.1, 0.1]), "rows must be rising"),
         (([1], [1.0], [1], [-0.1]), "not negative"),
+        (([1], [1.0], [1, 2], [0.1]), "2 rows, but 1 draft_seconds"),
+        (([1], [1.0], [1, 2], [0.1, 0.1], [0.1]), "2 rows, but 1 context_seconds"),
     ],
 )
 def test_impossible_tables_are_refused(arguments, message):
@@ -135,8 +138,11 @@ def test_the_shipped_table_is_what_its_derivation_gives():
 def test_the_roofline_counts_qwen3_4b_right():
     assert QWEN3_4B.layer_weights * 36 + QWEN3_4B.head_weights == pytest.approx(4.02e9, rel=0.002)
     near, far = (Roofline(H200, QWEN3_4B, context) for context in (1024, 4096))
-    further = (far.row_seconds(8) - near.row_seconds(8)) * 3.84e12 / (8 * 3072)
-    assert further == pytest.approx(2 * 41 * 8 * 128 * 2)  # bytes of keys and values per token
+    further = (far.context_seconds(8) - near.context_seconds(8)) * 3.84e12 / (8 * 3072)
+    assert further == pytest.approx(2 * 36 * 8 * 128 * 2)  # bytes of keys and values per token
+    weights = 5 * QWEN3_4B.layer_weights + QWEN3_4B.head_weights + 7 * 256 * 151936
+    reading = 2 * weights + 1024 * 2 * 5 * 8 * 128 * 2
+    assert near.draft_seconds(1) == pytest.approx(reading / 3.84e12 + 60e-6 + 7 * 15e-6)
 
 
 def test_more_load_leaves_fewer_places_on_the_shipped_gpu():
@@ -164,7 +170,7 @@ def test_curves_hold_samples_medians_and_smoothed_values():
     assert first["steps_per_second"] == second["steps_per_second"] == pytest.approx((1 / 2**2 + 1) / (1 / 2 + 1))
     assert second["rows"] == 2
     assert record["rows"] == [
-        {"rows": 2, "seconds": 0.5, "median_seconds": 0.5, "quartiles": [0.5, 0.5], "samples": [0.5]}
+        {"rows": 2, "draft_seconds": 0.5, "median_seconds": 0.5, "quartiles": [0.5, 0.5], "samples": [0.5]}
     ]
     assert record["smoothing"]["points"]["changed_points"] == 2
     print_curves(record, Console(quiet=True))

@@ -27,7 +27,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 @cache
 def metaspace() -> PreTrainedTokenizerFast:
-    """As Llama 2: a mark stands for the space, rare characters fall back to bytes, a leading space is dropped."""
+    """As Llama 2: a mark for the space, rare characters as bytes, no leading space in the text."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")

@@ -23,7 +23,7 @@ from deepspec.data.tokenizer import train_tokenizer
 from deepspec.decoding import Completion, Request, SpeculativeEngine
 from deepspec.drafts import DSparkModel
 from deepspec.evaluation import evaluate, runner
-from deepspec.targets import load_target
+from deepspec.targets import load_target, load_tokenizer
 
 PROMPTS = {"math": ["two plus two", "two", "What is two?"], "chat": ["What?", "plus is plus"]}
 
@@ -168,7 +168,7 @@ def dataclass_with(config: EvalRun, **changes: Any) -> EvalRun:
     return copied
 
 
-@pytest.mark.parametrize("change", ["seed", "top_k", "weights"])
+@pytest.mark.parametrize("change", ["seed", "top_k", "min_p", "repetition_penalty", "stop_strings", "weights"])
 def test_other_settings_start_over(
     config: EvalRun, decoded: list[int], capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
@@ -177,8 +177,9 @@ def test_other_settings_start_over(
     decoded.clear()
     if change == "seed":
         config.seed = 1
-    elif change == "top_k":
-        config.decode.top_k = 5
+    elif change != "weights":
+        value = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "stop_strings": ["two"]}[change]
+        setattr(config.decode, change, value)
     else:
         model = Qwen3ForCausalLM.from_pretrained(config.target.path)
         with torch.no_grad():
@@ -187,6 +188,51 @@ def test_other_settings_start_over(
     evaluate(config)
     assert len(decoded) == 6
     assert "3 chunks were decoded under other settings" in capsys.readouterr().out
+
+
+def records_of(config: EvalRun) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.output_dir) / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_answers_end_with_a_stop_string(config: EvalRun) -> None:
+    config.eval.temperatures = [0.0]
+    evaluate(config)
+    decode = load_tokenizer(config.target.path).decode
+    free = [completion["output_ids"] for record in records_of(config) for completion in record["plain"]["completions"]]
+    texts = [decode(ids) for ids in free]
+    config.decode.stop_strings = [text[4:6] for text in texts[:3]]
+    metrics = evaluate(config)
+    ended = [completion for record in records_of(config) for completion in record["speculative"]["completions"]]
+    assert [completion["finish_reason"] for completion in ended][:3] == ["stop"] * 3
+    for completion, whole in zip(ended, free, strict=True):
+        ids = completion["output_ids"]
+        assert ids == whole[: len(ids)]
+        assert not any(string in decode(ids[:-1]) for string in config.decode.stop_strings)
+        assert (completion["finish_reason"] == "stop") == any(s in decode(ids) for s in config.decode.stop_strings)
+    assert [values["identical_to_plain"] for values in metrics["results"][0]["sets"].values()] == [1.0, 1.0]
+
+
+def test_min_p_and_repetition_penalty_reach_both_ways_of_decoding(config: EvalRun) -> None:
+    config.eval.temperatures = [0.0]
+    config.decode.repetition_penalty = 5.0
+    metrics = evaluate(config)
+    assert [values["identical_to_plain"] for values in metrics["results"][0]["sets"].values()] == [1.0, 1.0]
+    for record in records_of(config):
+        for completion in record["plain"]["completions"]:
+            assert len(set(completion["output_ids"])) == len(completion["output_ids"])
+    greedy = outputs_of(config)
+    config.eval.temperatures, config.decode.min_p = [1.0], 1.0  # leaves the likeliest token alone
+    evaluate(config)
+    assert outputs_of(config) == greedy
+
+
+def outputs_of(config: EvalRun) -> list[list[int]]:
+    return [
+        completion["output_ids"]
+        for record in records_of(config)
+        for way in ("speculative", "plain")
+        for completion in record[way]["completions"]
+    ]
 
 
 def test_two_ranks_share_the_prompts_and_agree(config: EvalRun, tmp_path: Path) -> None:

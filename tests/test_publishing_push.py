@@ -113,6 +113,18 @@ def test_dry_run_writes_a_folder_that_loads_as_the_same_draft(
     assert main(command) == 0, "an earlier folder of the same command is replaced"
 
 
+def test_a_calibration_is_published_with_its_draft(run_folder: Path, tmp_path: Path) -> None:
+    checkpoint, out = run_folder / "checkpoints" / "step-00000010", tmp_path / "hub"
+    calibration = checkpoint / "draft" / "calibration.json"
+    calibration.write_text('{"temperatures": [1.5]}')
+    (checkpoint / "draft" / "sps.json").write_text("{}")  # of this machine alone
+    command = ["push", f"checkpoint={checkpoint}", REPO, "dry_run=true", f"output_dir={out}"]
+    assert main(command) == 0
+    assert (out / "calibration.json").read_bytes() == calibration.read_bytes()
+    assert not (out / "sps.json").exists()
+    assert main(command) == 0, "an earlier folder of the same command is replaced"
+
+
 def test_named_checkpoint_is_published_instead_of_the_newest(run_folder: Path, tmp_path: Path, goldens: Path) -> None:
     checkpoint, out = run_folder / "checkpoints" / "step-00000010", tmp_path / "hub"
     assert main(["push", f"checkpoint={checkpoint}", REPO, "dry_run=true", f"output_dir={out}"]) == 0

@@ -180,7 +180,7 @@ def curves(
     ]
     return {
         "points": points,
-        "rows": [{"rows": n, "seconds": seconds, **_spread(of_drafts[n])} for n, seconds in beside.items()],
+        "rows": [{"rows": n, "draft_seconds": seconds, **_spread(of_drafts[n])} for n, seconds in beside.items()],
         "smoothing": {"points": pass_smoothing, "rows": draft_smoothing},
     }
 

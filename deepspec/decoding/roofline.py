@@ -3,9 +3,9 @@
 A pass reads all weights once and computes for each of its tokens; what takes longer decides, on top of a floor of
 launches and host work:
 
-    pass(B)   = floor + max(weight bytes / bandwidth, B * FLOP per token / compute)
-    beside(R) = the draft's own pass over R * block_size tokens, with block_size readings of the sequential head,
-                + R * context * (key and value bytes per token of target and draft) / bandwidth
+    pass(B)    = floor + max(weight bytes / bandwidth, B * FLOP per token / compute)
+    context(R) = R * context * key and value bytes per token of the target / bandwidth
+    draft(R)   = the same two of the draft for R * block_size tokens, and block_size readings of the sequential head
 
 Bandwidth and compute are the data sheet's peaks times stated efficiencies. Nothing here was measured: the numbers of
 a real GPU differ, the shape (flat while memory-bound, then linear) is what planning needs. Small matrices (norms, the
@@ -108,17 +108,20 @@ class Roofline:
         fits = [tokens for tokens in range(1, TOKENS[-1] + 1) if self.pass_seconds(tokens) == self.pass_seconds(1)]
         return fits[-1]
 
-    def row_seconds(self, rows: int) -> float:
-        """Drafting for so many rows, and reading their context."""
+    def draft_seconds(self, rows: int) -> float:
+        """Drafting for so many rows."""
         shape = self.shape
-        step = self._slower(shape.markov_rank * shape.vocab, rows)
-        drafting = (
-            self.gpu.draft_floor
-            + self._matrices(rows * shape.block_size, shape.draft_layers)
-            + shape.block_size * (self.gpu.step_floor + step)
-        )
-        per_token = 2 * (shape.layers + shape.draft_layers) * shape.kv_heads * shape.head_dim * BF16_BYTES
-        return drafting + rows * self.context * per_token / self._bandwidth
+        step = self.gpu.step_floor + self._slower(shape.markov_rank * shape.vocab, rows)
+        backbone = self.gpu.draft_floor + self._matrices(rows * shape.block_size, shape.draft_layers)
+        return backbone + shape.block_size * step + self._context_seconds(rows, shape.draft_layers)
+
+    def context_seconds(self, rows: int) -> float:
+        """Reading the target's keys and values of so many rows."""
+        return self._context_seconds(rows, self.shape.layers)
+
+    def _context_seconds(self, rows: int, layers: int) -> float:
+        per_token = 2 * layers * self.shape.kv_heads * self.shape.head_dim * BF16_BYTES
+        return rows * self.context * per_token / self._bandwidth
 
     def _matrices(self, tokens: int, layers: int) -> float:
         shape = self.shape
@@ -144,17 +147,21 @@ def roofline_record(gpu: Gpu = H200, shape: Shape = QWEN3_4B, context: int = 102
         "source": "roofline, not measured",
         "derivation": {
             "pass": "pass_floor + max(weight bytes / bandwidth, tokens * FLOP per token / compute)",
-            "rows": "pass of the draft over rows * block_size tokens + block_size steps of the sequential head + "
-            "keys and values of rows * context tokens of target and draft / bandwidth",
+            "context": "rows * context * key and value bytes per token / bandwidth",
+            "draft": "pass and context of the draft's layers and the head for rows * block_size tokens + block_size "
+            "steps of the sequential head",
             "gpu": asdict(gpu),
             "shape": asdict(shape),
-            "context": context,
+            "context_tokens": context,
             "weights_per_layer": shape.layer_weights,
             "weight_bytes": BF16_BYTES * (shape.layers * shape.layer_weights + shape.head_weights),
             "memory_bound_tokens": knee,
         },
         "points": [{"tokens": n, "steps_per_second": 1 / roofline.pass_seconds(n)} for n in sorted({*TOKENS, knee})],
-        "rows": [{"rows": rows, "seconds": roofline.row_seconds(rows)} for rows in ROWS],
+        "rows": [
+            {"rows": n, "draft_seconds": roofline.draft_seconds(n), "context_seconds": roofline.context_seconds(n)}
+            for n in ROWS
+        ],
         "machine": {"accelerator": f"{gpu.name} roofline"},
     }
 

@@ -90,7 +90,7 @@ class RoundCost:
         """Args: `rows`, the most there will be."""
         sizes = np.arange(rows * (block_size + 1) + 1)
         self._pass = torch.as_tensor(table.pass_seconds(sizes), device=device)
-        self._beside = table.row_seconds_at(sizes[: rows + 1]).tolist()
+        self._beside = table.beside_seconds(sizes[: rows + 1]).tolist()
 
     def seconds(self, rows: int, slots: int) -> Tensor:
         """Of a round that verifies n = 0..rows * slots drafted tokens: float64 [rows * slots + 1]."""

@@ -39,7 +39,8 @@ class SpsTable:
     tokens: Sequence[int]  # B, rising
     steps_per_second: Sequence[float]  # SPS(B)
     rows: Sequence[int] = ()  # rising; empty = a round costs nothing besides its pass
-    row_seconds: Sequence[float] = ()  # drafting and the like for so many rows
+    draft_seconds: Sequence[float] = ()  # drafting for so many rows
+    context_seconds: Sequence[float] = ()  # reading what so many rows have in the cache; empty = the pass includes it
 
     def __post_init__(self) -> None:
         _check_curve("tokens", self.tokens, "steps_per_second", self.steps_per_second)
@@ -47,22 +48,25 @@ class SpsTable:
             raise ValueError("an SPS table needs at least one point")
         if not all(value > 0 for value in self.steps_per_second):
             raise ValueError("steps_per_second must be above 0")
-        if self.rows or self.row_seconds:
-            _check_curve("rows", self.rows, "row_seconds", self.row_seconds)
+        _check_curve("rows", self.rows, "draft_seconds", self.draft_seconds)
+        if self.context_seconds:
+            _check_curve("rows", self.rows, "context_seconds", self.context_seconds)
 
     def pass_seconds(self, tokens: ArrayLike) -> Floats:
         """Seconds of a pass of so many tokens: [...] -> [...]."""
         return _piecewise_linear(tokens, self.tokens, 1 / np.asarray(self.steps_per_second, dtype=np.float64))
 
-    def row_seconds_at(self, rows: ArrayLike) -> Floats:
-        """Seconds besides the pass of a round of so many rows: [...] -> [...]."""
-        if not self.rows:
-            return np.zeros(np.shape(rows))
-        return _piecewise_linear(rows, self.rows, np.asarray(self.row_seconds, dtype=np.float64))
+    def beside_seconds(self, rows: ArrayLike, *, drafting: bool = True) -> Floats:
+        """Seconds of a round of so many rows besides its pass: [...] -> [...]. Plain decoding does not draft."""
+        seconds = np.zeros(np.shape(rows))
+        for curve in (self.context_seconds, self.draft_seconds if drafting else ()):
+            if curve:
+                seconds = seconds + _piecewise_linear(rows, self.rows, np.asarray(curve, dtype=np.float64))
+        return seconds
 
-    def seconds(self, tokens: ArrayLike, rows: ArrayLike) -> Floats:
+    def round_seconds(self, tokens: ArrayLike, rows: ArrayLike, *, drafting: bool = True) -> Floats:
         """Seconds of a whole round."""
-        return self.pass_seconds(tokens) + self.row_seconds_at(rows)
+        return self.pass_seconds(tokens) + self.beside_seconds(rows, drafting=drafting)
 
 
 def _check_curve(x_name: str, xs: Sequence[int], y_name: str, ys: Sequence[float]) -> None:
@@ -118,7 +122,8 @@ def load_table(path: str | Path, *, of_this_machine: bool = True) -> SpsTable:
             [point["tokens"] for point in points],
             [point["steps_per_second"] for point in points],
             [point["rows"] for point in beside],
-            [point["seconds"] for point in beside],
+            [point["draft_seconds"] for point in beside],
+            [point["context_seconds"] for point in beside if "context_seconds" in point],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

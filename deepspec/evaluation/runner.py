@@ -185,7 +185,8 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
     target = load_target(config.target.path, revision=config.target.revision, dtype=dtype, device=device)
     draft = load_draft(plan.draft_folder, dtype=dtype, device=device, target=target)
 
-    def decode(ids: list[int]) -> str:
+    def text_of(ids: list[int]) -> str:
+        """Special tokens stay, so that a stop string may name one."""
         return str(plan.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     speculative = SpeculativeEngine(
@@ -195,11 +196,11 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
         max_length=plan.max_length,
         policy=policy_for(config, plan.draft_settings, device),
         verification=config.decode.verification,
-        decode=decode,
+        decode=text_of,
     )
     plain = None
     if config.eval.baseline:
-        plain = SpeculativeEngine(target, slots=config.decode.batch_size, max_length=plan.max_length, decode=decode)
+        plain = SpeculativeEngine(target, slots=config.decode.batch_size, max_length=plan.max_length, decode=text_of)
     return _Decoder(config, plan, speculative, plain)
 
 

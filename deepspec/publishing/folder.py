@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from deepspec.decoding.calibration import CALIBRATION_FILE
 from deepspec.publishing.card import PLOT_NAME, build_card
 from deepspec.publishing.results import Evaluation
 from deepspec.publishing.source import DraftSource, PublishError
@@ -76,7 +77,7 @@ def _refuse_foreign_content(folder: Path, source: DraftSource) -> None:
     if not folder.is_dir():
         return
     present = list(folder.iterdir())
-    ours = (CARD_NAME, PLOT_NAME, "config.json")
+    ours = (CARD_NAME, PLOT_NAME, "config.json", CALIBRATION_FILE)
     foreign = sorted(file.name for file in present if file.name not in ours and ".safetensors" not in file.suffixes)
     if foreign or (present and not (folder / CARD_NAME).is_file()):
         named = ", ".join((foreign or sorted(file.name for file in present))[:5])

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from yaml import YAMLError
 
 from deepspec.checkpoints import TRAINER_STATE, CheckpointError, list_checkpoints, read_trainer_state, verify_checkpoint
+from deepspec.decoding.calibration import CALIBRATION_FILE
 from deepspec.drafts.loading import load_draft
 from deepspec.files import INDEX_FILE, SINGLE_FILE
 
@@ -80,7 +81,7 @@ def _draft_folder(folder: Path) -> Path:
 
 
 def _publishable_files(folder: Path) -> tuple[str, ...]:
-    """config.json, the weights and their index."""
+    """config.json, the weights and their index, and the calibration if there is one."""
     if not (folder / "config.json").is_file():
         raise PublishError(f"{folder / 'config.json'}: missing. {_other_checkpoints(folder)}")
     pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
@@ -89,15 +90,16 @@ def _publishable_files(folder: Path) -> tuple[str, ...]:
             f"{folder}: {', '.join(pickled)} may run code when loaded, so it is not published; load the draft where "
             "you trust it, write it with save_pretrained (safetensors), and publish that folder"
         )
+    calibration = [CALIBRATION_FILE] if (folder / CALIBRATION_FILE).is_file() else []
     if (folder / INDEX_FILE).is_file():
         try:
             index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-            return ("config.json", INDEX_FILE, *sorted(set(index["weight_map"].values())))
+            return ("config.json", *calibration, INDEX_FILE, *sorted(set(index["weight_map"].values())))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise PublishError(f"{folder / INDEX_FILE}: damaged ({error}). {_other_checkpoints(folder)}") from error
     if not (folder / SINGLE_FILE).is_file():
         raise PublishError(f"{folder / SINGLE_FILE}: missing; only weights in safetensors are published")
-    return ("config.json", SINGLE_FILE)
+    return ("config.json", *calibration, SINGLE_FILE)
 
 
 def _run_folder(draft_folder: Path) -> Path | None:

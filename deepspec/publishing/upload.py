@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from deepspec.config import ConfigError
+from deepspec.decoding.calibration import CALIBRATION_FILE
 from deepspec.publishing.folder import build_folder
 from deepspec.publishing.results import read_evaluation
 from deepspec.publishing.source import PublishError, find_source
@@ -109,14 +110,15 @@ def _upload(folder: Path, options: PushOptions) -> str:
             )
         if options.revision:
             api.create_branch(repo_id, branch=options.revision, exist_ok=True)
-        # The same commit removes an earlier push's weights that have other names: an old index would hide the new ones.
+        # The same commit removes what an earlier push left: an old index would hide the new weights, an old calibration
+        # would be taken for theirs.
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             repo_type="model",
             revision=options.revision,
             commit_message="Draft model for speculative decoding",
-            delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+            delete_patterns=["*.safetensors", "*.safetensors.index.json", CALIBRATION_FILE],
         )
     except (httpx.HTTPError, OSError, HFValidationError) as error:
         raise PublishError(_explain_failure(error, folder, options)) from error
