@@ -31,7 +31,7 @@ from deepspec.evaluation.plan import stop_tokens
 from deepspec.evaluation.sets import load_set
 from deepspec.targets import Target, load_target, load_tokenizer
 
-TABLE_WIDTH = 125
+TABLE_WIDTH = 150
 GENERATE, LOOKUP = "transformers generate", "transformers prompt lookup"
 GROWING = "one prompt, growing cache"
 WITHOUT_HEAD = "without the sequential head, batch {}"
@@ -247,7 +247,7 @@ def main(options: BenchmarkOptions) -> None:
     ]
     ways = ways_to_decode(options, target, requests)
     runs = measure(ways, options.repeats)
-    results = {name: result_of(runs[name], {other: runs[other] for other in ways[name].against}) for name in ways}
+    results = {name: result_of(runs[name], {o: runs[o] for o in way.against}) for name, way in ways.items()}
     Console(width=max(Console().width, TABLE_WIDTH)).print(table_of(results))
     share = head_share(runs, options.batches)
     if share:

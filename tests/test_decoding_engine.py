@@ -67,13 +67,17 @@ def outcomes(completions):
     return [outcome(completion) for completion in completions]
 
 
-@pytest.mark.parametrize(("verification", "threshold"), [("token", 0.0), ("block", 0.5)])
-def test_tokens_do_not_depend_on_what_else_is_in_the_batch(golden_target, trained, verification, threshold):
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize(("verification", "threshold"), [("token", None), ("block", 0.5)])
+def test_tokens_do_not_depend_on_what_else_is_in_the_batch(golden_target, trained, verification, threshold, graphs):
+    """Nor on whether a round runs on the fixed buffers of graphs, with idle rows and repeated tokens."""
     requests = mixed_requests(golden_target.vocab_size)
-    options = {"verification": verification, "policy": threshold_of(threshold)}
+    options = {"verification": verification, "policy": None if threshold is None else threshold_of(threshold)}
     alone = [engine_of(golden_target, trained, **options).generate([request])[0] for request in requests]
     for slots, order in ((3, range(11)), (8, range(10, -1, -1)), (11, range(11))):
-        together = engine_of(golden_target, trained, slots=slots, **options).generate([requests[i] for i in order])
+        together = engine_of(golden_target, trained, slots=slots, graphs=graphs, **options).generate(
+            [requests[i] for i in order]
+        )
         for i, completion in zip(order, together, strict=True):
             assert outcome(completion) == outcome(alone[i])
     assert len({tuple(completion.output_ids) for completion in alone}) == len(requests)

@@ -18,17 +18,22 @@ from torch import Tensor
 from deepspec.config import near_match
 from deepspec.decoding.attention import SLOTS
 from deepspec.decoding.cache import SlotCache, Span
+from deepspec.decoding.graphs import Graphs, ladder, next_size
 from deepspec.decoding.memory import check_memory
 from deepspec.decoding.passes import target_pass
 from deepspec.decoding.penalties import seen_in
 from deepspec.decoding.policies import FixedLength, Policy
-from deepspec.decoding.proposers import Proposal, Proposer
+from deepspec.decoding.proposers import Proposer
 from deepspec.decoding.requests import Completion, Request, Timing
+from deepspec.decoding.rounds import Batch, Outcome, Rounds, all_finite
 from deepspec.decoding.rows import Row
-from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw, probabilities
+from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw
 from deepspec.decoding.stopping import Decode, StopCondition
-from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, verify_greedy
+from deepspec.decoding.verification import VERIFICATION_RULES
 from deepspec.targets import Target, attend_with
+
+COLUMNS_AT_ONCE = 256  # of the caches; a graph reads a multiple of so many
+IDLE = Request([0], 1)  # what a graph's rows without a request do
 
 
 class SpeculativeEngine:
@@ -44,6 +49,7 @@ class SpeculativeEngine:
         policy: Policy | None = None,
         verification: str = "token",
         decode: Decode | None = None,
+        graphs: bool | None = None,
     ):
         """
         Args:
@@ -52,6 +58,7 @@ class SpeculativeEngine:
             policy: how many drafted tokens to verify; None = the whole block. It serves one engine.
             verification: token or block.
             decode: token ids to text, for requests with stop strings.
+            graphs: capture draft and verify passes as CUDA graphs; None = on a GPU.
 
         Raises:
             ValueError: the target has layers without full attention, there is no such verification rule, or the policy
@@ -67,12 +74,15 @@ class SpeculativeEngine:
         self.block_size = proposer.block_size if proposer else 0
         self.policy = policy or FixedLength(self.block_size, target.device)
         self.timing = Timing()
-        self._verify = VERIFICATION_RULES[verification]
+        rule = VERIFICATION_RULES[verification]
         self._device = target.device
         check_memory(target, proposer, slots, max_length)
         self._cache = SlotCache(target.config, slots, max_length, target.dtype, self._device)
         if proposer:
             proposer.allocate(slots, max_length)
+        self._sizes = ladder(slots)
+        self._graphs = Graphs(self._device) if (self._device.type == "cuda" if graphs is None else graphs) else None
+        self._rounds = Rounds(target, proposer, self._cache, self.policy, rule, self._graphs)
         self._settings: SamplingSettings | None = None  # of the active rows; None = they have changed
         self._seen: Tensor | None = None  # bool [slots, vocab], of slots with a repetition penalty; None = no such yet
         self._rows: list[Row | None] = []  # row i lives in slot i; None = free
@@ -184,7 +194,9 @@ class SpeculativeEngine:
         final = target_pass(self.target, self.proposer, self._cache, span, ids)
         logits = self.target.logits(final[torch.tensor(counts, device=self._device).cumsum(0) - 1])[:, None]
         is_penalised = any(row.request.repetition_penalty != 1 for row in entering)
-        settings = self._settings_of(entering, seen_in(span.to_rows(ids), logits.shape[-1]) if is_penalised else None)
+        vocab = self.target.vocab_size
+        seen = seen_in(span.to_rows(ids), vocab) if is_penalised else None
+        settings = SamplingSettings.of_requests([row.request for row in entering], vocab, self._device, seen)
         uniform = self._uniform(entering, settings)
         penalised = settings.penalty.apply(logits) if settings.penalty else logits
         tokens, _ = draw(penalised, settings, None if uniform is None else uniform[:, -1:])
@@ -192,7 +204,7 @@ class SpeculativeEngine:
             self._remember(slots, settings.penalty.after(tokens).seen)
         self._rows += [None] * (max(slots) + 1 - len(self._rows))
         for slot, row, (token, finite) in zip(
-            slots, entering, torch.cat([tokens, _finite(logits)], dim=1).tolist(), strict=True
+            slots, entering, torch.cat([tokens, all_finite(logits)], dim=1).tolist(), strict=True
         ):
             self._rows[slot] = row
             if finite:
@@ -205,100 +217,44 @@ class SpeculativeEngine:
     def _round(self, rows: list[Row]) -> None:
         """Draft, verify in one target pass, keep."""
         started = time.perf_counter()
-        if self._settings is None:
-            self._settings = self._settings_of(rows, None if self._seen is None else self._seen[: len(rows)])
-        settings = self._settings
-        starts = [row.length for row in rows]
-        anchors, lengths = torch.tensor([[row.anchor for row in rows], starts], device=self._device)
-        uniform = self._uniform(rows, settings)
-        proposal = None
-        if self.proposer and self.policy.maximum:
-            proposal = self.proposer.propose(
-                anchors, lengths, max(starts), settings, uniform, min(self.policy.maximum, self.block_size)
-            )
+        batch = self._batch(rows)
+        proposal = self._rounds.draft(batch)
         drafted_at = time.perf_counter()
-        proposed, span = self._span(proposal, starts, lengths)
-        ids = anchors[:, None]
-        if proposal is not None:
-            ids = torch.cat([ids, proposal.tokens[:, : span.longest - 1]], dim=1)
-        final = target_pass(self.target, self.proposer, self._cache, span, span.to_packed(ids))
-        logits = span.to_rows(self.target.logits(final))
-        finite = _finite(logits)
-        if settings.penalty:
-            logits = settings.penalty.apply_along(logits, ids)
-        verdict = self._verdict(proposal, proposed, logits, settings, uniform)
-        if proposal is not None and proposal.probabilities is not None:
-            finite = finite & _finite(proposal.probabilities)
-        if settings.penalty:
-            settings.penalty.keep(ids, verdict.accepted, verdict.next_token)
-        self._book(rows, proposal, proposed, finite, verdict, ids)
+        self._book(rows, self._rounds.verify(batch, proposal))
         self.timing.draft += drafted_at - started
         self.timing.verify += time.perf_counter() - drafted_at
         self.timing.rounds += 1
 
-    def _span(self, proposal: Proposal | None, starts: list[int], lengths: Tensor) -> tuple[Tensor | None, Span]:
-        """How many drafted tokens of each row to verify, None = the same number of each, and the tokens of that pass.
+    def _batch(self, rows: list[Row]) -> Batch:
+        """The round's rows on the device; for a graph as many as it was captured for, in slots that are free."""
+        missing = next_size(len(rows), self._sizes) - len(rows) if self._graphs else 0
+        if self._settings is None:
+            seen = None if self._seen is None else self._seen[: len(rows) + missing]
+            requests = [row.request for row in rows] + [IDLE] * missing
+            self._settings = SamplingSettings.of_requests(requests, self.target.vocab_size, self._device, seen)
+        starts = [row.length for row in rows] + [0] * missing
+        anchors = [row.anchor for row in rows] + [0] * missing
+        on_device = torch.tensor([anchors, starts], device=self._device)
+        end = max(starts) + self.block_size + 1
+        if self._graphs:
+            end = min(self.max_length, -(-end // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE)
+        uniform = self._uniform(rows, self._settings, missing)
+        return Batch(len(rows), starts, on_device[0], on_device[1], uniform, self._settings, end)
 
-        The host waits for the device only if the policy itself must see this round's confidences to know the total.
-        """
-        rows, slots = len(starts), range(len(starts))
-        if proposal is None:
-            return None, Span.of(slots, starts, [1] * rows, self._device)
-        drafted = proposal.tokens.shape[1]
-        total = self.policy.known_total(rows)
-        proposed = self.policy.lengths(proposal.confidences, rows)
-        if total == rows * drafted:
-            return None, Span.of(slots, starts, [1 + drafted] * rows, self._device)
-        if total is None:
-            counts = (1 + proposed).tolist()
-            return proposed, Span.of(slots, starts, counts, self._device)
-        longest = 1 + min(drafted, total)
-        end = max(starts) + longest
-        return proposed, Span(slots, lengths, 1 + proposed, total=rows + total, longest=longest, end=end)
-
-    def _verdict(
-        self,
-        proposal: Proposal | None,
-        proposed: Tensor | None,
-        logits: Tensor,
-        settings: SamplingSettings,
-        uniform: Tensor | None,
-    ) -> Verdict:
-        """Of logits [rows, longest, vocab]."""
-        drafted = logits.shape[1] - 1
-        if proposal is None or drafted == 0:
-            token, _ = draw(logits, settings, None if uniform is None else uniform[:, -1:])
-            return Verdict(torch.zeros_like(token[:, 0]), token[:, 0])
-        tokens = proposal.tokens[:, :drafted]
-        if uniform is None or proposal.probabilities is None:
-            return verify_greedy(tokens, logits.argmax(-1), proposed)
-        accept_uniform = uniform[:, self.block_size : self.block_size + drafted]
-        distribution = proposal.probabilities[:, :drafted]
-        return self._verify(
-            tokens, distribution, probabilities(logits, settings), proposed, accept_uniform, uniform[:, -1]
-        )
-
-    def _book(
-        self,
-        rows: list[Row],
-        proposal: Proposal | None,
-        proposed: Tensor | None,
-        finite: Tensor,
-        verdict: Verdict,
-        ids: Tensor,
-    ) -> None:
-        """Bring a round's outcome to the host, at once, and into the rows."""
-        counts = torch.full_like(verdict.accepted, ids.shape[1] - 1) if proposed is None else proposed
-        outcome = torch.cat(
-            [finite, counts[:, None], verdict.accepted[:, None], verdict.next_token[:, None], ids[:, 1:]], dim=1
-        ).tolist()
-        confidences = None if proposal is None or proposal.confidences is None else proposal.confidences.tolist()
-        for slot, (row, (is_finite, count, accepted, next_token, *drafts)) in enumerate(
-            zip(rows, outcome, strict=True)
-        ):
+    def _book(self, rows: list[Row], outcome: Outcome) -> None:
+        """Bring a round's outcome to the host, all at once, and into the rows."""
+        verdict, proposal, drafted = outcome.verdict, outcome.proposal, 0
+        columns = [outcome.finite, outcome.proposed[:, None], verdict.accepted[:, None], verdict.next_token[:, None]]
+        if proposal is not None:
+            drafted = proposal.tokens.shape[1]
+            columns.append(proposal.tokens)
+            if proposal.confidences is not None:
+                columns.append(proposal.confidences)
+        values = torch.cat([column[: len(rows)].double() for column in columns], dim=1).tolist()
+        for slot, (row, (is_finite, *of_row)) in enumerate(zip(rows, values, strict=True)):
             if is_finite:
-                of_row = None if confidences is None else confidences[slot]
-                row.advance(count, drafts[:accepted], next_token, of_row)
+                proposed, accepted, next_token, *drafts = map(int, of_row[: 3 + drafted])
+                row.advance(proposed, drafts[:accepted], next_token, of_row[3 + drafted :] or None)
             else:
                 self._fail(slot, row)
 
@@ -329,22 +285,13 @@ class SpeculativeEngine:
         if self.proposer:
             self.proposer.clear(slot)
 
-    def _uniform(self, rows: list[Row], settings: SamplingSettings) -> Tensor | None:
+    def _uniform(self, rows: list[Row], settings: SamplingSettings, idle: int = 0) -> Tensor | None:
         """float64 [rows, 2 * block_size + 1]: to draft, to accept, and for the next token; None if all are greedy."""
         if settings.all_greedy:
             return None
         unused = torch.zeros(2 * self.block_size + 1, dtype=torch.float64)
-        drawn = [row.uniform() for row in rows]
+        drawn = [row.uniform() for row in rows] + [None] * idle
         return torch.stack([unused if u is None else u for u in drawn]).to(self._device)
-
-    def _settings_of(self, rows: list[Row], seen: Tensor | None) -> SamplingSettings:
-        requests = [row.request for row in rows]
-        return SamplingSettings.of_requests(requests, self.target.vocab_size, self._device, seen)
-
-
-def _finite(values: Tensor) -> Tensor:
-    """Whether each row has a largest value at every position: bool [rows, 1]."""
-    return values.amax(-1).isfinite().all(1, keepdim=True)
 
 
 def _check_settings(

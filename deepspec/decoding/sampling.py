@@ -10,7 +10,7 @@ instead and never writes the distribution down.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,6 +70,29 @@ class SamplingSettings:
             any_scaled=any(t != 1 for t in temperatures),
             any_truncated=any(truncated),
             any_min_p=any(min_ps),
+        )
+
+    @property
+    def flags(self) -> tuple[bool, ...]:
+        """What the control flow depends on."""
+        return (self.all_greedy, self.any_greedy, self.any_scaled, self.any_truncated, self.any_min_p)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it reads besides; without a penalty."""
+        return (self.temperature, self.greedy, self.top_k, self.top_p, self.truncated, self.min_p)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> SamplingSettings:
+        """The same with other `tensors`."""
+        temperature, greedy, top_k, top_p, truncated, min_p = tensors
+        return replace(
+            self,
+            temperature=temperature,
+            greedy=greedy,
+            top_k=top_k,
+            top_p=top_p,
+            truncated=truncated,
+            min_p=min_p,
         )
 
 

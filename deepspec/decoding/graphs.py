@@ -1,0 +1,83 @@
+"""CUDA graphs: a function of tensors is captured once per shape and replayed, which spares the host its launches.
+
+On a CPU nothing is captured, but the function runs on the same fixed buffers, so that the tests see what a GPU would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = Sequence[Tensor | None]
+WARM_UP = 2  # runs before the capture, which let libraries make their workspaces
+
+
+class Graphs:
+    """The graphs of one engine, by key."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._captured: dict[Hashable, _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+    def run(self, key: Hashable, function: Callable[..., Tensors], inputs: Tensors) -> Tensors:
+        """`function(*inputs)`, which may read and write other tensors too, but always the same ones.
+
+        Args:
+            key: what shapes and control flow depend on. The function that first came with it is run ever after.
+
+        Returns:
+            The graph's own outputs, the same tensors each time.
+        """
+        if key not in self._captured:
+            self._captured[key] = _Captured(function, inputs, self._pool)
+        return self._captured[key].replay(inputs)
+
+
+class _Captured:
+    def __init__(self, function: Callable[..., Tensors], inputs: Tensors, pool: Any):
+        self._function = function
+        self._inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if pool is None:
+            self._outputs = function(*self._inputs)
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self._outputs = function(*self._inputs)
+
+    def replay(self, inputs: Tensors) -> Tensors:
+        _copy(self._inputs, inputs)
+        if self._graph is None:
+            _copy(self._outputs, self._function(*self._inputs))
+        else:
+            self._graph.replay()
+        return self._outputs
+
+
+def _copy(own: Tensors, new: Tensors) -> None:
+    for into, tensor in zip(own, new, strict=True):
+        if into is not None and tensor is not None:
+            into.copy_(tensor, non_blocking=True)
+
+
+def ladder(largest: int) -> list[int]:
+    """Sizes that are captured: powers of two below `largest`, and itself."""
+    sizes = [1]
+    while sizes[-1] * 2 < largest:
+        sizes.append(sizes[-1] * 2)
+    return sorted({*sizes, largest})
+
+
+def next_size(needed: int, sizes: Sequence[int]) -> int:
+    """The smallest size that is enough."""
+    return next(size for size in sizes if size >= needed)
