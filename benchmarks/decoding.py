@@ -251,9 +251,8 @@ def main(options: BenchmarkOptions) -> None:
     Console(width=max(Console().width, TABLE_WIDTH)).print(table_of(results))
     share = head_share(runs, options.batches)
     if share:
-        print(
-            f"the sequential and the confidence head add {spread({k: 100 * v for k, v in share.items()}, 1)}% to a round"
-        )
+        percent = spread({name: 100 * value for name, value in share.items()}, 1)
+        print(f"the sequential and the confidence head add {percent}% to a round")
     write_record(options.output, results, options, requests=len(requests), head_share=share)
 
 
