@@ -14,14 +14,13 @@ from feature_servers import (
     Gate,
     QuietHandler,
     answering,
-    free_port,
     packed,
     padded,
     prepare_processes,
     serving,
     start_process,
 )
-from training_world import changed, tiny_run
+from training_world import changed, free_port, tiny_run
 from transformers import AutoModelForCausalLM
 
 from deepspec.config import ConfigError, FeaturesConfig, validate

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from feature_servers import free_port, prepare_processes, start_process, wait_until_ready
-from training_world import changed, draft_weights, tiny_run
+from feature_servers import prepare_processes, start_process, wait_until_ready
+from training_world import changed, draft_weights, free_port, tiny_run
 
 from deepspec.checkpoints import checkpoint_folder, newest_checkpoint
 from deepspec.features.replicas import FeatureServerError
