@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 from feature_servers import prepare_processes, start_process, wait_until_ready
 from training_world import changed, draft_weights, free_port, tiny_run
 
-from deepspec.checkpoints import checkpoint_folder, newest_checkpoint
+from deepspec.checkpoints import checkpoint_folder, list_checkpoints, newest_checkpoint
+from deepspec.config import flatten
 from deepspec.features.replicas import FeatureServerError
 from deepspec.training import train
 from deepspec.training.log import read_metrics
@@ -142,6 +144,29 @@ def test_killed_for_good(server, online, training_world, tmp_path, monkeypatch):
     result = train(dataclasses.replace(config, features=dataclasses.replace(config.features, timeout=20.0)))
     assert result.step == 4
     assert draft_weights(result.checkpoint) == draft_weights(online.checkpoint)
+
+
+def test_the_command_line_gives_up_with_one_message(server, training_world, tmp_path):
+    """train.py, whose only server dies after the second step."""
+    features = {"retry_for": 0.5, "timeout": 5.0}
+    config = served(training_world, tmp_path / "run", server, features=features, steps=100_000)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *(f"{key}={json.dumps(value)}" for key, value in flatten(config).items()),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        while not list_checkpoints(tmp_path / "run") and process.poll() is None:
+            time.sleep(0.02)
+        server.kill()
+        printed = process.communicate(timeout=60)[1]
+    server.start()
+    assert process.returncode == 2
+    assert "Traceback" not in printed
+    assert printed.count("error: ") == 1
+    assert f"error: no feature server of features.urls answered for 0.5 s (features.retry_for): {server.url}" in printed
+    assert "run the same command: training continues from its newest checkpoint" in printed
 
 
 def test_sigterm_ends_a_server_with_status_0(server):

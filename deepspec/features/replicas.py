@@ -17,6 +17,7 @@ import urllib3
 from torch import Tensor
 
 from deepspec.config import ConfigError
+from deepspec.data.jsonl import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ CHUNK = 1 << 20  # bytes read from the socket at once
 BUSY = (502, 503, 504)
 
 
-class FeatureServerError(ConnectionError):
+class FeatureServerError(DataError):
     """No server gave the features: training cannot go on, and goes on later from its newest checkpoint."""
 
 
