@@ -46,11 +46,12 @@ def train(config: TrainRun) -> TrainResult:
         return TrainResult("already finished", start.step, start.checkpoint)
     materials = prepare_materials(config, accelerator, start.checkpoint)
     _write_config(config, accelerator)
-    trainer = Trainer(config, accelerator, materials, start)
-    with StopRequest() as stop, Reporter(config, accelerator, start=start.step, steps=trainer.steps) as reporter:
+    stop = StopRequest()
+    trainer = Trainer(config, accelerator, materials, start, stop)
+    with stop, Reporter(config, accelerator, start=start.step, steps=trainer.steps) as reporter:
         reporter.say(trainer.description())
         try:
-            finished = trainer.run(stop, reporter)
+            finished = trainer.run(reporter)
         except RuntimeError as error:
             if accelerator.num_processes > 1 and tells_of_lost_rank(error):
                 raise RuntimeError(_explain_lost_rank(trainer, accelerator)) from error
