@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import signal
 
@@ -12,6 +13,7 @@ from training_world import changed, draft_weights, tiny_run
 
 from data_prep.cache import repair, verify
 from deepspec.features.cache_format import CacheError, shard_file
+from deepspec.files import unfinished_name
 from deepspec.targets import target as target_module
 from deepspec.training import train
 
@@ -55,6 +57,19 @@ def test_killed_while_writing_goes_on_and_ends_with_the_same_bytes(training_worl
         assert process.exitcode == -signal.SIGKILL, death
     write_cache(run)
     assert contents(tmp_path / "features") == contents(cache)
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(training_world, cache, tmp_path):
+    """A whole day tells them apart where every rank writes the same file."""
+    folder = tmp_path / "features"
+    shutil.copytree(cache, folder)
+    old, new = (unfinished_name(folder / "manifest.json") for _ in range(2))
+    for path in (old, new):
+        path.write_text("{")
+    os.utime(old, (0, 0))
+    write_cache(cached_run(training_world, folder))
+    assert not old.exists()
+    assert contents(folder) == contents(cache) | {new.name: b"{"}
 
 
 def test_a_flipped_byte_is_found_named_and_repaired(training_world, cache, tmp_path):

@@ -20,7 +20,7 @@ from deepspec.training.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 PACKED = {"tokens_per_batch": 64}
-INSIDE_SAVING = [("fsync", 5), ("replace", 2), ("fsync", 10), ("rename", 1), ("unlink", 2)]
+INSIDE_SAVING = [("fsync", 1), ("fsync", 5), ("replace", 2), ("fsync", 10), ("rename", 1), ("unlink", 2)]
 IN_ACCUMULATION = ("accumulation", 5)
 
 
@@ -139,4 +139,5 @@ def test_killed_again_and_again(processes, training_world, cache, tmp_path, name
         "killed in the middle of the run"
     )
     assert_same_end(*(checkpoint_folder(one.output_dir, case.steps) for one in (config, alone)))
+    assert not list(Path(config.output_dir).rglob(".*")), "what the deaths left behind is cleared away"
     assert [step_of(folder) for folder in list_checkpoints(config.output_dir)] == [case.steps - 2, case.steps]

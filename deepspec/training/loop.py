@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
+from deepspec.checkpoints import remove_unfinished_checkpoints
 from deepspec.config import TrainRun, validate
 from deepspec.files import write_atomically
 from deepspec.ranks import tells_of_lost_rank
@@ -41,6 +42,8 @@ def train(config: TrainRun) -> TrainResult:
     validate(config)
     accelerator = start_accelerator(config)
     start = find_start(config, accelerator)
+    if accelerator.is_main_process:
+        remove_unfinished_checkpoints(config.output_dir)
     if start.finished and start.checkpoint is not None:
         accelerator.print(f"{config.output_dir} is already finished at step {start.step}: {start.checkpoint}")
         return TrainResult("already finished", start.step, start.checkpoint)
