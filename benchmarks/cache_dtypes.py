@@ -29,6 +29,7 @@ from deepspec.config import FeaturesConfig, TrainRun
 from deepspec.features.cache_storage import STORAGES
 from deepspec.files import write_atomically
 from deepspec.training.devices import start_accelerator
+from deepspec.training.interrupt import StopRequest
 from deepspec.training.resume import Start
 from deepspec.training.setup import prepare_materials
 from deepspec.training.trainer import Trainer
@@ -94,7 +95,7 @@ def tau_with_exact_features(output: Path) -> float:
     assert checkpoint is not None, output
     accelerator = start_accelerator(run)
     materials = prepare_materials(run, accelerator, checkpoint)
-    return Trainer(run, accelerator, materials, Start(checkpoint, 0, finished=False)).evaluate()["tau"]
+    return Trainer(run, accelerator, materials, Start(checkpoint, 0, finished=False), StopRequest()).evaluate()["tau"]
 
 
 def compare(taus: dict[str, list[float]], sizes: dict[str, int]) -> dict[str, dict[str, Any]]:

@@ -135,7 +135,7 @@ def write_checkpoint(
     unfinished = final.with_name(f"{_UNFINISHED}{final.name}")
     try:
         if is_main:
-            _remove_unfinished(final.parent)
+            remove_unfinished_checkpoints(run_folder)
             unfinished.mkdir(parents=True)
         barrier()
         write(unfinished)
@@ -151,6 +151,12 @@ def write_checkpoint(
     return final
 
 
+def remove_unfinished_checkpoints(run_folder: str | Path) -> None:
+    """Delete what a killed run left behind; none may be writing checkpoints there."""
+    for folder in (Path(run_folder) / "checkpoints").glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def rotate(run_folder: str | Path, keep: int, newest_step: int) -> None:
     """Keep the checkpoint of `newest_step` and the `keep - 1` before it.
 
@@ -163,13 +169,6 @@ def rotate(run_folder: str | Path, keep: int, newest_step: int) -> None:
             discarded = folder.with_name(f"{_UNFINISHED}discarded-{folder.name}")
             folder.rename(discarded)
             shutil.rmtree(discarded, ignore_errors=True)
-
-
-def _remove_unfinished(root: Path) -> None:
-    """What a killed run left behind."""
-    if root.is_dir():
-        for folder in root.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(folder)
 
 
 def _describe(folder: Path, state: dict[str, Any]) -> None:

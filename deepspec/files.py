@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import secrets
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +97,32 @@ def unfinished_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def remove_unfinished(path: Path) -> None:
-    """Delete what killed writers of `path` left behind; nobody else may be writing it."""
+def remove_unfinished(path: Path, *, older_than: float = 0.0) -> None:
+    """Delete what killed writers of `path` left behind. Where others may be writing it, say with `older_than` how many
+    seconds ago nobody who still lives can have begun."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        leftover.unlink()
+        with suppress(FileNotFoundError):  # another process was faster
+            if time.time() - leftover.stat().st_mtime >= older_than:
+                leftover.unlink()
 
 
-def write_atomically(path: str | Path, text: str) -> None:
-    """Write UTF-8 text so that a reader, or a crash, sees the old file or the new one, never a part."""
+def write_atomically(path: str | Path, text: str, *, shared: bool = False) -> None:
+    """Write UTF-8 text so that a reader, or a crash, sees the old file or the new one, never a part.
+
+    Args:
+        shared: other processes may write the same file now; else what killed ones left behind is removed.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not shared:
+        remove_unfinished(path)
     unfinished = unfinished_name(path)
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

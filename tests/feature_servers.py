@@ -111,11 +111,6 @@ class Gate:
         self.open.clear()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
 def _serve(options: ServeOptions) -> None:
     torch.set_num_threads(1)
     serve(options)

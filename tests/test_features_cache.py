@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from training_world import draft_weights, tiny_run
 
 from data_prep.cache import repair, verify
 from deepspec.features.cache_format import CacheError, shard_file
+from deepspec.files import unfinished_name
 from deepspec.targets import target as target_module
 from deepspec.training import train
 
@@ -33,6 +35,19 @@ def test_float32_trains_like_online_and_loads_no_target(training_world, cache, o
     result = train(cached_run(training_world, cache, tmp_path / "run", **split))
     assert result.metrics["loss"] == pytest.approx(online.metrics["loss"], rel=1e-5)
     assert result.metrics["eval/loss"] == pytest.approx(online.metrics["eval/loss"], rel=1e-5)
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(training_world, cache, tmp_path):
+    """A whole day tells them apart where every rank writes the same file."""
+    folder = tmp_path / "features"
+    shutil.copytree(cache, folder)
+    old, new = (unfinished_name(folder / "manifest.json") for _ in range(2))
+    for path in (old, new):
+        path.write_text("{")
+    os.utime(old, (0, 0))
+    write_cache(cached_run(training_world, folder))
+    assert not old.exists()
+    assert contents(folder) == contents(cache) | {new.name: b"{"}
 
 
 def test_a_flipped_byte_is_found_named_and_repaired(training_world, cache, tmp_path):

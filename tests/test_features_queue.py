@@ -18,6 +18,7 @@ class Numbered:
     """Features that hold the batch's first token; the batch that starts with `broken` fails."""
 
     concurrency = 1
+    is_remote = False
     closed = False
 
     def __init__(self, broken: int | None = None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,14 +15,13 @@ from feature_servers import (
     Gate,
     QuietHandler,
     answering,
-    free_port,
     packed,
     padded,
     prepare_processes,
     serving,
     start_process,
 )
-from training_world import changed, tiny_run
+from training_world import changed, free_port, tiny_run
 from transformers import AutoModelForCausalLM
 
 from deepspec.config import ConfigError, FeaturesConfig, validate
@@ -328,14 +328,37 @@ def test_full_queues_are_waited_for(target, connect, monkeypatch):
             assert future.result().context.shape == (1, 5 + i, 64)
 
 
-def test_closing_ends_the_waiting(target):
-    source = unchecked(target, [f"http://127.0.0.1:{free_port()}"], retry_for=60)
-    with ThreadPoolExecutor(1) as pool:
+@contextmanager
+def nobody():
+    yield f"http://127.0.0.1:{free_port()}"
+
+
+@contextmanager
+def never_answering():
+    asked, over = threading.Event(), threading.Event()
+
+    def hold(handler):
+        asked.set()
+        over.wait(30)
+        handler.close_connection = True
+
+    with stand_in(hold) as url:
+        yield url
+        assert asked.is_set()
+        over.set()
+
+
+@pytest.mark.parametrize("server", [nobody, never_answering])
+def test_closing_ends_the_waiting(target, server, caplog):
+    with server() as url, ThreadPoolExecutor(1) as pool:
+        source = unchecked(target, [url], timeout=20, retry_for=60)
         future = pool.submit(source.batch_features, packed([5]))
         time.sleep(0.2)
+        warned = caplog.text
         source.close()
         with pytest.raises(FeatureServerError, match="closed"):
-            future.result(timeout=5)
+            future.result(timeout=1)
+    assert caplog.text == warned, "the closing is no failure of a server"
 
 
 def test_a_server_that_comes_back_with_another_target(target, training_world, server, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,14 +14,16 @@ import time
 from pathlib import Path
 
 import pytest
-from feature_servers import free_port, prepare_processes, start_process, wait_until_ready
-from training_world import changed, draft_weights, tiny_run
+from feature_servers import prepare_processes, start_process, wait_until_ready
+from training_world import changed, draft_weights, free_port, rank_environment, tiny_run, train_in_child
 
-from deepspec.checkpoints import checkpoint_folder, newest_checkpoint
+from deepspec.checkpoints import checkpoint_folder, list_checkpoints, newest_checkpoint
+from deepspec.config import flatten
 from deepspec.features.replicas import FeatureServerError
 from deepspec.training import train
 from deepspec.training.log import read_metrics
 from deepspec.training.report import Reporter
+from deepspec.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 ROOT = Path(__file__).parent.parent
@@ -40,6 +44,13 @@ class Servers:
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
+
+    def recover(self) -> None:
+        """From SIGSTOP or from death."""
+        if self.process.is_alive():
+            os.kill(self.process.pid, signal.SIGCONT)
+        else:
+            self.start()
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +153,110 @@ def test_killed_for_good(server, online, training_world, tmp_path, monkeypatch):
     result = train(dataclasses.replace(config, features=dataclasses.replace(config.features, timeout=20.0)))
     assert result.step == 4
     assert draft_weights(result.checkpoint) == draft_weights(online.checkpoint)
+
+
+def before_evaluation(monkeypatch, number, act):
+    original = Trainer.evaluate
+
+    def evaluate(self):
+        if self.done == number:
+            act()
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+
+
+@pytest.mark.parametrize(
+    ("blow", "lookahead", "strike_at", "step"),
+    [
+        (signal.SIGKILL, 0, at_step, 3),
+        (signal.SIGSTOP, 0, before_evaluation, 3),
+        (signal.SIGSTOP, 2, at_step, 1),
+        (signal.SIGKILL, 2, before_evaluation, 3),
+    ],
+    ids=["dead", "silent in evaluation", "silent with lookahead", "dead in evaluation with lookahead"],
+)
+def test_sigterm_while_waiting_for_a_server(
+    server, online, training_world, tmp_path, monkeypatch, capsys, blow, lookahead, strike_at, step
+):
+    """Saved and ended at once, with all threads; the same command then ends with the bytes of an undisturbed run."""
+    config = served(training_world, tmp_path, server, features={"lookahead": lookahead}, **PACKED, save_steps=100)
+    told = []
+
+    def strike():
+        os.kill(server.process.pid, blow)
+        threading.Timer(0.4, lambda: (told.append(time.monotonic()), os.kill(os.getpid(), signal.SIGTERM))).start()
+
+    with monkeypatch.context() as patch:
+        strike_at(patch, step, strike)
+        result = train(config)
+    took = time.monotonic() - told[0]
+    threads = [thread.name for thread in threading.enumerate() if thread.name.startswith(("features", "served"))]
+    server.recover()
+    assert took < 5, "not features.timeout or features.retry_for, 60 s each"
+    assert not threads
+    assert result.status == "stopped"
+    assert step <= result.step < 4, "with a lookahead some features are there already"
+    assert newest_checkpoint(tmp_path, subfolder="") == checkpoint_folder(tmp_path, result.step)
+    given_up = f"told to stop while waiting for features: what follows step {result.step} is given up"
+    assert given_up in capsys.readouterr().out
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, result.step + 1))
+    assert draft_weights(train(config).checkpoint) == draft_weights(online.checkpoint)
+
+
+def test_sigterm_to_two_ranks_while_one_waits_for_a_server(server, training_world, tmp_path):
+    """In accumulation. Rank 0 has features for longer, and so waits in a collective; they give up together."""
+    config = served(training_world, tmp_path / "run", server, steps=100_000, save_steps=100_000, micro_batch_size=1)
+    configs = [changed(config, features={"lookahead": lookahead}) for lookahead in (5, 0)]
+    port, context = free_port(), multiprocessing.get_context("forkserver")
+    ranks = [
+        context.Process(
+            target=train_in_child, args=(configs[rank], str(tmp_path), None, rank_environment(rank, 2, port))
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        while len(read_metrics(tmp_path / "run")) < 2 and all(rank.is_alive() for rank in ranks):
+            time.sleep(0.02)
+        os.kill(server.process.pid, signal.SIGSTOP)
+        time.sleep(1)
+        for rank in ranks:
+            os.kill(rank.pid, signal.SIGTERM)
+        for rank in ranks:
+            rank.join(10)
+        codes = [rank.exitcode for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+        server.recover()
+    assert codes == [0, 0]
+    done = len(read_metrics(tmp_path / "run"))
+    assert newest_checkpoint(tmp_path / "run", subfolder="") == checkpoint_folder(tmp_path / "run", done)
+
+
+def test_the_command_line_gives_up_with_one_message(server, training_world, tmp_path):
+    """train.py, whose only server dies after the second step."""
+    features = {"retry_for": 0.5, "timeout": 5.0}
+    config = served(training_world, tmp_path / "run", server, features=features, steps=100_000)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *(f"{key}={json.dumps(value)}" for key, value in flatten(config).items()),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        while not list_checkpoints(tmp_path / "run") and process.poll() is None:
+            time.sleep(0.02)
+        server.kill()
+        printed = process.communicate(timeout=60)[1]
+    server.start()
+    assert process.returncode == 2
+    assert "Traceback" not in printed
+    assert printed.count("error: ") == 1
+    assert f"error: no feature server of features.urls answered for 0.5 s (features.retry_for): {server.url}" in printed
+    assert "run the same command: training continues from its newest checkpoint" in printed
 
 
 def test_sigterm_ends_a_server_with_status_0(server):

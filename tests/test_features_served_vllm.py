@@ -293,6 +293,17 @@ def test_lock_that_is_never_let_go(vllm, connect):
         connect(url, retry_for=0.3, timeout=0.2)
 
 
+def test_closing_ends_the_wait_for_a_lock(vllm, connect):
+    with listening(vllm) as url, ThreadPoolExecutor(1) as pool:
+        source = connect(url, timeout=20.0)
+        vllm.locked_seconds = 3.0
+        future = pool.submit(source.batch_features, packed([5]))
+        time.sleep(0.3)
+        source.close()
+        with pytest.raises(FeatureServerError, match="closed"):
+            future.result(timeout=1)
+
+
 def test_document_that_is_too_long(vllm, connect):
     with listening(vllm) as url:
         source = connect(url)

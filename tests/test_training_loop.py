@@ -122,11 +122,14 @@ def test_second_run_in_the_same_process(finished, training_world, tmp_path):
 
 def test_finished_run_is_left_alone(finished, capsys):
     config, result = finished
+    discarded = result.checkpoint.with_name(".tmp-discarded-step-00000002")  # its last session died clearing up
+    discarded.mkdir()
     before = draft_weights(result.checkpoint)
     again = train(config)
     assert (again.status, again.step, again.checkpoint) == ("already finished", 6, result.checkpoint)
     assert "already finished at step 6" in capsys.readouterr().out
     assert draft_weights(result.checkpoint) == before
+    assert not discarded.exists()
 
 
 def test_dflash_reads_no_target_logits_unless_logged(training_world, tmp_path):

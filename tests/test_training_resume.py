@@ -1,20 +1,18 @@
-"""Runs that are killed, stopped, damaged or changed, and what the same command then does."""
+"""Runs that are stopped, damaged or changed, and what the same command then does."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_world import changed, draft_weights, is_timing, tiny_run, train_in_child
+from training_world import assert_same_end, changed, draft_weights, tiny_run
 
 from deepspec.checkpoints import CheckpointError, checkpoint_folder, list_checkpoints, newest_checkpoint
 from deepspec.config import ConfigError
@@ -28,14 +26,6 @@ pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 
 
 @pytest.fixture(scope="module")
-def processes():
-    """Starts training processes quickly: a clean server imports everything once and forks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspec.training.loop", "training_world"])
-    return context
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(training_world, in_temporary_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     return train(tiny_run(training_world, folder))
@@ -46,52 +36,6 @@ def copy_of(result, tmp_path):
     shutil.copytree(result.checkpoint.parents[1], tmp_path / "run")
     shutil.rmtree(checkpoint_folder(tmp_path / "run", 6))
     return tmp_path / "run"
-
-
-def without_timings(folder):
-    return [{name: row[name] for name in row if not is_timing(name)} for row in read_metrics(folder)]
-
-
-def optimizer_state(checkpoint):
-    return (checkpoint / "state" / "optimizer.safetensors").read_bytes()
-
-
-def assert_same_end(result, uninterrupted):
-    ours, theirs = result.checkpoint, uninterrupted.checkpoint
-    assert result.step == uninterrupted.step
-    assert draft_weights(ours) == draft_weights(theirs)
-    assert optimizer_state(ours) == optimizer_state(theirs)
-    assert without_timings(ours.parents[1]) == without_timings(theirs.parents[1])
-
-
-def test_killed_again_and_again(processes, training_world, tmp_path):
-    """kill -9 inside saving and at random moments; the run then ends with the same bytes as one that was left alone."""
-    config = tiny_run(training_world, tmp_path / "run", steps=20)
-    inside_saving = [("fsync", 5), ("replace", 2), ("fsync", 10), ("rename", 1), ("unlink", 2)]
-    for death in inside_saving:
-        assert exit_code(processes, config, tmp_path, death) == -signal.SIGKILL, death
-    assert newest_checkpoint(config.output_dir, subfolder="") == checkpoint_folder(config.output_dir, 8)
-    chance = random.Random(0)
-    killed = [exit_code(processes, config, tmp_path, chance.uniform(0, 0.1)) for _ in range(3)]
-    assert -signal.SIGKILL in killed
-    alone = train(tiny_run(training_world, tmp_path / "alone", steps=20))
-    assert_same_end(train(config), alone)
-    assert [folder.name for folder in list_checkpoints(config.output_dir)] == ["step-00000018", "step-00000020"]
-
-
-def exit_code(processes, config, folder, death):
-    """Train in a process that dies at a call (see `train_in_child`) or so many seconds after its first new metrics."""
-    at_call = death if isinstance(death, tuple) else None
-    process = processes.Process(target=train_in_child, args=(config, str(folder), at_call))
-    rows = len(read_metrics(config.output_dir))
-    process.start()
-    if at_call is None:
-        while process.is_alive() and len(read_metrics(config.output_dir)) <= rows:
-            time.sleep(0.01)
-        time.sleep(death)
-        process.kill()
-    process.join(120)
-    return process.exitcode
 
 
 def test_continues_with_another_split_and_other_free_settings(training_world, uninterrupted, tmp_path, capsys):
@@ -123,7 +67,7 @@ def test_no_random_state_to_save(training_world, uninterrupted, tmp_path, monkey
 
     torch.manual_seed(17)
     monkeypatch.setattr(Reporter, "step", disturb)
-    assert_same_end(train(tiny_run(training_world, tmp_path / "run")), uninterrupted)
+    assert_same_end(train(tiny_run(training_world, tmp_path / "run")).checkpoint, uninterrupted.checkpoint)
 
 
 def test_checkpoint_with_another_optimizer_state(training_world, uninterrupted, tmp_path):
@@ -168,7 +112,7 @@ def test_damaged_newest_falls_back_and_ends_the_same(training_world, uninterrupt
     result = train(tiny_run(training_world, tmp_path / "run"))
     assert f"{damaged}: has 1000 bytes" in caplog.text
     assert "falling back to the checkpoint before it" in caplog.text
-    assert_same_end(result, uninterrupted)
+    assert_same_end(result.checkpoint, uninterrupted.checkpoint)
 
 
 def test_no_valid_checkpoint_starts_from_scratch(training_world, uninterrupted, tmp_path, caplog, capsys):
@@ -177,7 +121,7 @@ def test_no_valid_checkpoint_starts_from_scratch(training_world, uninterrupted, 
     result = train(tiny_run(training_world, run))
     assert f"no checkpoint in {run} is valid: training starts from scratch" in caplog.text
     assert "starting from scratch: 6 of 6 steps" in capsys.readouterr().out
-    assert_same_end(result, uninterrupted)
+    assert_same_end(result.checkpoint, uninterrupted.checkpoint)
 
 
 def test_changed_settings_are_refused(training_world, uninterrupted, tmp_path):
@@ -232,7 +176,7 @@ def test_sigterm_saves_and_the_same_command_continues(training_world, uninterrup
     assert (result.status, result.step) == ("stopped", 3)
     assert newest_checkpoint(tmp_path / "run") == result.checkpoint
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert_same_end(train(config), uninterrupted)
+    assert_same_end(train(config).checkpoint, uninterrupted.checkpoint)
 
 
 def test_stop_request_restores_the_handler():

@@ -87,10 +87,10 @@ def die_after_step_5() -> None:
 def check_partition() -> None:
     run = Trainer.run
 
-    def checked_run(self, stop, reporter):
+    def checked_run(self, reporter):
         is_cut = any(parameter.numel() == 0 for parameter in self.parameters)
         assert is_cut == (devices.zero_stage(self.accelerator) == 3), "ZeRO-3 cuts the draft over the ranks"
-        return run(self, stop, reporter)
+        return run(self, reporter)
 
     Trainer.run = checked_run
 

@@ -6,14 +6,17 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from deepspec.config import DataConfig, DraftConfig, LoggingConfig, TargetConfig, TrainConfig, TrainRun
 from deepspec.data.tokenizer import train_tokenizer
+from deepspec.training.log import read_metrics
 
 
 def is_timing(metric: str) -> bool:
@@ -99,13 +102,60 @@ def draft_weights(folder: Path | str) -> bytes:
     return (Path(folder) / "draft" / "model.safetensors").read_bytes()
 
 
-def train_in_child(config: TrainRun, folder: str, die_at: tuple[str, int] | None = None) -> None:
-    """Train in `folder`; with die_at=("fsync", 3) the process kills itself instead of its third call of os.fsync."""
+def optimizer_state(folder: Path | str) -> bytes:
+    """The optimizer file of a checkpoint, byte for byte."""
+    return (Path(folder) / "state" / "optimizer.safetensors").read_bytes()
+
+
+def logged_rows(output_dir: Path | str) -> list[dict[str, Any]]:
+    """metrics.jsonl without what tells of the machine."""
+    return [{name: row[name] for name in row if not is_timing(name)} for row in read_metrics(output_dir)]
+
+
+def assert_same_end(checkpoint: Path, other: Path) -> None:
+    """Two runs wrote the same draft, optimizer state and metrics, bit for bit."""
+    assert checkpoint.name == other.name
+    assert draft_weights(checkpoint) == draft_weights(other)
+    assert optimizer_state(checkpoint) == optimizer_state(other)
+    assert logged_rows(checkpoint.parents[1]) == logged_rows(other.parents[1])
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """What a launcher sets for one of several ranks on the CPU."""
+    return {
+        "ACCELERATE_USE_CPU": "true",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def train_in_child(
+    config: TrainRun, folder: str, die_at: tuple[str, int] | None = None, launcher: dict[str, str] | None = None
+) -> None:
+    """Train in `folder`.
+
+    Args:
+        die_at: ("fsync", 3): the process kills itself instead of its third call of os.fsync; ("accumulation", 3):
+            instead of its third backward pass that adds to the gradients of an earlier one.
+        launcher: environment variables.
+    """
     from deepspec.training import train
 
     torch.set_num_threads(1)
     os.chdir(folder)
-    if die_at is not None:
+    os.environ |= launcher or {}
+    if die_at is not None and die_at[0] == "accumulation":
+        die_in_accumulation(die_at[1])
+    elif die_at is not None:
         die_at_call(*die_at)
     train(config)
 
@@ -121,3 +171,17 @@ def die_at_call(function: str, call: int) -> None:
         return original(*args, **kwargs)
 
     setattr(os, function, counted)
+
+
+def die_in_accumulation(call: int) -> None:
+    original, calls, is_adding = Accelerator.backward, 0, False
+
+    def counted(self: Accelerator, *args: Any, **kwargs: Any) -> None:
+        nonlocal calls, is_adding
+        calls += is_adding
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, *args, **kwargs)
+        is_adding = not self.sync_gradients
+
+    Accelerator.backward = counted

@@ -2,7 +2,7 @@
 
 from deepspec.features.cache_format import Rendering
 from deepspec.features.cache_reader import CachedFeatures
-from deepspec.features.queue import FeatureQueue
+from deepspec.features.queue import FeatureQueue, StoppedWaiting
 from deepspec.features.source import FeatureSource, OnlineFeatures
 
-__all__ = ["CachedFeatures", "FeatureQueue", "FeatureSource", "OnlineFeatures", "Rendering"]
+__all__ = ["CachedFeatures", "FeatureQueue", "FeatureSource", "OnlineFeatures", "Rendering", "StoppedWaiting"]

@@ -41,6 +41,7 @@ class CachedFeatures:
 
     flops_per_token = 0.0
     concurrency = 1
+    is_remote = False
 
     def __init__(
         self,

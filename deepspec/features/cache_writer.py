@@ -38,6 +38,8 @@ from deepspec.features.cache_storage import STORAGES, Storage, compress
 from deepspec.files import flush_folder, remove_unfinished, sha256_of, unfinished_name, write_atomically
 from deepspec.targets import Target
 
+DAY = 86_400.0  # seconds; far longer than the files that describe a cache take to write
+
 
 @dataclass(frozen=True)
 class CachePlan:
@@ -80,6 +82,8 @@ def check_folder(plan: CachePlan) -> None:
 
 def begin(plan: CachePlan) -> None:
     """Write what the cache is of, where that is not there yet. Every rank calls this, after `check_folder`."""
+    for name in (SETTINGS, DOCUMENTS, MANIFEST):
+        remove_unfinished(plan.folder / name, older_than=DAY)
     if not (plan.folder / SETTINGS).is_file():
         _write_json(plan.folder / SETTINGS, asdict(plan.settings))
     documents = plan.folder / DOCUMENTS
@@ -237,7 +241,7 @@ def _save(file: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     try:
-        write_atomically(file, json.dumps(content, indent=1))
+        write_atomically(file, json.dumps(content, indent=1), shared=True)
     except OSError as error:
         raise _write_error(file, error) from error
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 import urllib3
 from torch import Tensor
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from deepspec.config import ConfigError
+from deepspec.data.jsonl import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +32,7 @@ CHUNK = 1 << 20  # bytes read from the socket at once
 BUSY = (502, 503, 504)
 
 
-class FeatureServerError(ConnectionError):
+class FeatureServerError(DataError):
     """No server gave the features: training cannot go on, and goes on later from its newest checkpoint."""
 
 
@@ -74,8 +79,9 @@ class Replicas:
         self._retry_for = retry_for
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         self._pin_memory = pin_memory
-        self._http = urllib3.PoolManager(maxsize=64, retries=False)
+        self._http = _remembering_pools(self._remember)
         self._lock = threading.Lock()
+        self._sockets: WeakSet[socket.socket] = WeakSet()
         self._stopped = threading.Event()
         self._why_stopped = "the feature source was closed"
 
@@ -105,11 +111,12 @@ class Replicas:
         give_up_at = time.monotonic() + self._retry_for
         while True:
             replica = only or self._choose()
-            self._wait(replica.rests_until, give_up_at)
+            self.pause(min(replica.rests_until, give_up_at) - time.monotonic())
             try:
                 with self._counted(replica):
                     answer = read(replica, self._send(replica, method, path, body, content_type))
             except Unavailable as error:
+                self.pause(0)
                 self._note_failure(replica, error)
                 left = give_up_at - time.monotonic()
                 logger.warning("%s: %s; trying again for at most %.0f s", replica.url, error, max(left, 0))
@@ -119,10 +126,24 @@ class Replicas:
             replica.failures = 0
             return answer
 
+    def pause(self, seconds: float) -> None:
+        """Do nothing for so long. Raises FeatureServerError as soon as this is closed."""
+        if self._stopped.wait(max(seconds, 0)):
+            raise FeatureServerError(self._why_stopped)
+
     def close(self) -> None:
-        """Requests that wait for a server fail at once."""
+        """Requests fail at once, those too that a server has and does not answer."""
         self._stopped.set()
+        with self._lock:
+            for connected in self._sockets:
+                _hang_up(connected)
         self._http.clear()
+
+    def _remember(self, connected: socket.socket) -> None:
+        with self._lock:
+            self._sockets.add(connected)
+            if self._stopped.is_set():
+                _hang_up(connected)
 
     def _choose(self) -> Replica:
         """The least busy of those that do not rest; if all rest, the one that is ready first."""
@@ -132,11 +153,6 @@ class Replicas:
             if awake:
                 return min(awake, key=lambda replica: replica.under_way)
             return min(self.replicas, key=lambda replica: replica.rests_until)
-
-    def _wait(self, until: float, give_up_at: float) -> None:
-        seconds = min(until, give_up_at) - time.monotonic()
-        if self._stopped.wait(max(seconds, 0)):
-            raise FeatureServerError(self._why_stopped)
 
     @contextmanager
     def _counted(self, replica: Replica) -> Iterator[None]:
@@ -209,6 +225,36 @@ class Replicas:
                 raise Unavailable(f"broke off after {start} of {length} bytes")
             start += count
         return buffer
+
+
+def _remembering_pools(remember: Callable[[socket.socket], None]) -> urllib3.PoolManager:
+    """Connection pools that tell of every socket they open."""
+
+    class Plain(HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            remember(self.sock)
+
+    class Secure(HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            remember(self.sock)
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = Plain
+
+    class SecurePool(HTTPSConnectionPool):
+        ConnectionCls = Secure
+
+    manager = urllib3.PoolManager(maxsize=64, retries=False)
+    manager.pool_classes_by_scheme = {"http": PlainPool, "https": SecurePool}
+    return manager
+
+
+def _hang_up(connected: socket.socket) -> None:
+    """Whoever reads or writes there, in whatever thread, is told that the connection is over."""
+    with suppress(OSError):
+        socket.socket.shutdown(connected, socket.SHUT_RDWR)  # under TLS without its farewell, which would wait
 
 
 def _message(answer: Tensor) -> str:

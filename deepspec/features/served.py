@@ -101,6 +101,7 @@ class ServedFeatures:
 
     concurrency = 2  # one batch is computed while another travels
     flops_per_token = 0.0
+    is_remote = True
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ class FeatureSource(Protocol):
 
     concurrency: int  # batches that it may be asked for at once, from as many threads
     flops_per_token: float  # of the target's forward pass on the training device; 0 when it runs elsewhere
+    is_remote: bool  # other processes compute, which may be slow or gone for long
 
     def batch_features(self, batch: TokenBatch) -> TargetFeatures:
         """Features [rows, tokens, ...] of every document as if it stood alone, on the device that trains.
@@ -38,6 +39,7 @@ class OnlineFeatures:
     """The target is resident and computes the features of each batch as it comes. Nothing is stored."""
 
     concurrency = 1
+    is_remote = False
 
     def __init__(self, target: Target, layer_ids: Sequence[int], device: torch.device | None = None):
         """

@@ -11,7 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
@@ -71,6 +71,7 @@ class VllmFeatures:
 
     concurrency = 2  # one batch is computed while another is read
     flops_per_token = 0.0
+    is_remote = True
 
     def __init__(
         self, replicas: Replicas, target: LentTarget, layer_ids: Sequence[int], *, device: torch.device, timeout: float
@@ -168,7 +169,7 @@ class VllmFeatures:
         """[tokens, layers + 1, hidden]; the file is gone afterwards."""
         lock = path.with_name(path.name + ".lock")
         try:
-            with _unlocked(lock, self._timeout):
+            with _unlocked(lock, self._timeout, self._replicas.pause):
                 tensors = load_file(path)
         except FileNotFoundError as error:
             raise Unavailable(
@@ -214,7 +215,7 @@ def _read_json(replica: Replica, answer: Tensor) -> dict[str, Any]:
 
 
 @contextmanager
-def _unlocked(lock: Path, timeout: float) -> Iterator[None]:
+def _unlocked(lock: Path, timeout: float, pause: Callable[[float], None]) -> Iterator[None]:
     """Wait until vLLM lets go of the lock, which it holds while it writes. Old versions have none, and have written."""
     if not lock.exists():
         yield
@@ -228,5 +229,5 @@ def _unlocked(lock: Path, timeout: float) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise Unavailable(f"{lock} was held for {timeout:g} s (features.timeout)") from None
-                time.sleep(POLL)
+                pause(POLL)
         yield

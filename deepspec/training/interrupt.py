@@ -1,4 +1,7 @@
-"""SIGTERM or SIGUSR1 (a preemption notice) asks a run to save and stop after the step it is in."""
+"""SIGTERM or SIGUSR1 (a preemption notice) asks a run to save and stop.
+
+It does so after the step it is in, or at once where that step waits for a feature server.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
+from deepspec.checkpoints import remove_unfinished_checkpoints
 from deepspec.config import TrainRun, validate
 from deepspec.files import write_atomically
 from deepspec.ranks import tells_of_lost_rank
@@ -41,16 +42,19 @@ def train(config: TrainRun) -> TrainResult:
     validate(config)
     accelerator = start_accelerator(config)
     start = find_start(config, accelerator)
+    if accelerator.is_main_process:
+        remove_unfinished_checkpoints(config.output_dir)
     if start.finished and start.checkpoint is not None:
         accelerator.print(f"{config.output_dir} is already finished at step {start.step}: {start.checkpoint}")
         return TrainResult("already finished", start.step, start.checkpoint)
     materials = prepare_materials(config, accelerator, start.checkpoint)
     _write_config(config, accelerator)
-    trainer = Trainer(config, accelerator, materials, start)
-    with StopRequest() as stop, Reporter(config, accelerator, start=start.step, steps=trainer.steps) as reporter:
+    stop = StopRequest()
+    trainer = Trainer(config, accelerator, materials, start, stop)
+    with stop, Reporter(config, accelerator, start=start.step, steps=trainer.steps) as reporter:
         reporter.say(trainer.description())
         try:
-            finished = trainer.run(stop, reporter)
+            finished = trainer.run(reporter)
         except RuntimeError as error:
             if accelerator.num_processes > 1 and tells_of_lost_rank(error):
                 raise RuntimeError(_explain_lost_rank(trainer, accelerator)) from error

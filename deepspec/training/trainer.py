@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepspec.config import TrainRun
 from deepspec.data.sampler import StepSampler
-from deepspec.features import FeatureQueue
+from deepspec.features import FeatureQueue, StoppedWaiting
 from deepspec.targets import TargetFeatures
 from deepspec.training.batches import (
     EVALUATION,
@@ -48,13 +48,22 @@ Sums = dict[str, Tensor]
 class Trainer:
     """Trains from `start` to the end of the run, or until it is told to stop."""
 
-    def __init__(self, config: TrainRun, accelerator: Accelerator, materials: Materials, start: Start):
+    def __init__(
+        self, config: TrainRun, accelerator: Accelerator, materials: Materials, start: Start, stop: StopRequest
+    ):
         self.config = config
         self.accelerator = accelerator
         self.materials = materials
         self.steps = total_steps(config.train, len(materials.train_set))
         self.split = batch_split(config.train, accelerator.num_processes, materials.train_set.lengths())
-        self.features = FeatureQueue(materials.features, config.features.lookahead, accelerator.device)
+        self.stop = stop
+        self.features = FeatureQueue(
+            materials.features,
+            config.features.lookahead,
+            accelerator.device,
+            is_stopped=lambda: stop.requested,
+            on_any_rank=self._on_any_rank,
+        )
         self.meter = self._build_meter()
         materials.draft.checkpoint_activations = config.train.activation_checkpointing
         if config.train.compile:
@@ -83,30 +92,35 @@ class Trainer:
             f"({launcher_name(self.accelerator)})"
         )
 
-    def run(self, stop: StopRequest, reporter: Reporter) -> bool:
+    def run(self, reporter: Reporter) -> bool:
         """Train and leave a checkpoint of the last step. Returns False when stopped before the end."""
         with closing(self.features):
-            self._train(stop, reporter)
-        if self._saved_step != self.done:
-            self._save()
+            try:
+                self._train(reporter)
+            except StoppedWaiting:
+                reporter.say(f"told to stop while waiting for features: what follows step {self.done} is given up")
+            if self._saved_step != self.done:
+                self._save()
         return self.done == self.steps
 
-    def _train(self, stop: StopRequest, reporter: Reporter) -> None:
+    def _train(self, reporter: Reporter) -> None:
         """To the last step, or to the first of which any rank was told to stop."""
         steps = self._announced_steps()
         while self.done < self.steps:
             with self.meter.step() as step:
                 with self.meter.part("wait"):
                     batches = next(steps)
-                    weight_sum, stops = self._over_ranks(batches, stop.requested, step)
+                    weight_sum, stops = self._over_ranks(batches, step)
                 if stops:
                     break
                 row = self._step(batches, weight_sum)
             self.done += 1
             row |= self.meter.read() if row else {}
-            if self._evaluation_is_due():
-                row |= {f"eval/{name}": value for name, value in self.evaluate().items()}
-            reporter.step(self.done, self.loss, row)
+            try:
+                if self._evaluation_is_due():
+                    row |= {f"eval/{name}": value for name, value in self.evaluate().items()}
+            finally:
+                reporter.step(self.done, self.loss, row)
             if self.done % self.config.train.save_steps == 0:
                 self._save()
 
@@ -121,7 +135,7 @@ class Trainer:
         for batch, counts in evaluation_batches(
             eval_set, self._batch_maker(EVALUATION), split, self.accelerator.process_index
         ):
-            features = self.materials.features.batch_features(batch.tokens)
+            features = self.features.out_of_turn(batch.tokens)
             sums = self._forward(self.module, batch, features, with_metrics=True)
             if counts:
                 parts.append(sums)
@@ -213,11 +227,16 @@ class Trainer:
             "output_dir"
         )
 
-    def _over_ranks(self, batches: Sequence[MicroBatch], stop_requested: bool, count: StepCount) -> tuple[float, bool]:
+    def _on_any_rank(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum"))
+
+    def _over_ranks(self, batches: Sequence[MicroBatch], count: StepCount) -> tuple[float, bool]:
         """Weight sum of the global batch, and whether any rank was told to stop; fills in `count`."""
         totals = [
             sum(batch.weight_sum for batch in batches),
-            stop_requested,
+            self.stop.requested,
             sum(batch.tokens.tokens for batch in batches),
             sum(batch.num_blocks for batch in batches),
             sum(batch.num_slots for batch in batches),
