@@ -121,7 +121,7 @@ class DecodeConfig:
     policy: str = "fixed"  # how many drafted tokens are verified: fixed, threshold, prefix or asynchronous
     draft_tokens: int | None = None  # fixed: how many; null = the whole block
     confidence_threshold: float = 0.0  # threshold: only those before the first token whose confidence is below
-    sps: str | None = None  # prefix, asynchronous: the SPS table, a file of decoding.profile or a shipped name
+    sps: str | None = None  # prefix, asynchronous: SPS table, a file or a shipped name; null = the one beside the draft
 
 
 @dataclass

@@ -226,6 +226,46 @@ def test_min_p_and_repetition_penalty_reach_both_ways_of_decoding(config: EvalRu
     assert outputs_of(config) == greedy
 
 
+SPS = {"points": [{"tokens": 1, "steps_per_second": 100.0}, {"tokens": 8, "steps_per_second": 20.0}]}
+
+
+@pytest.mark.parametrize("policy", ["threshold", "prefix", "asynchronous"])
+def test_policies_verify_less_and_leave_greedy_answers_alone(config: EvalRun, policy: str) -> None:
+    config.eval.temperatures = [0.0]
+    evaluate(config)
+    whole, outputs = proposed_in(config), outputs_of(config)
+    config.decode.policy = policy
+    if policy == "threshold":
+        config.decode.confidence_threshold = 0.6
+    else:
+        (Path(config.checkpoint) / "sps.json").write_text(json.dumps(SPS))
+    evaluate(config)
+    assert sum(proposed_in(config)) < sum(whole)
+    assert outputs_of(config) == outputs
+
+
+def proposed_in(config: EvalRun) -> list[int]:
+    return [
+        one_round["proposed"]
+        for record in records_of(config)
+        for completion in record["speculative"]["completions"]
+        for one_round in completion["rounds"]
+    ]
+
+
+def test_the_calibration_beside_the_draft_counts(config: EvalRun, decoded: list[int]) -> None:
+    """Its temperatures change what a threshold lets through, so chunks decoded under others do not count."""
+    config.eval.temperatures, config.eval.baseline = [0.0], False
+    config.decode.policy, config.decode.confidence_threshold = "threshold", 0.6
+    evaluate(config)
+    (Path(config.checkpoint) / "calibration.json").write_text(json.dumps({"temperatures": [1e-3, 1e-3, 1e-3]}))
+    before = proposed_in(config)
+    decoded.clear()
+    evaluate(config)
+    assert len(decoded) == 3
+    assert proposed_in(config) != before
+
+
 def outputs_of(config: EvalRun) -> list[list[int]]:
     return [
         completion["output_ids"]
@@ -308,6 +348,8 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
         evaluate(dataclass_with(config, decode=DecodeConfig(max_new_tokens=12, max_length=20)))
     with pytest.raises(ConfigError, match=r"eval\.sets=\[\]"):
         evaluate(dataclass_with(config, eval=EvalConfig()))
+    with pytest.raises(ConfigError, match=r"decode.policy=prefix: needs an SPS table; measure one with python -m deep"):
+        evaluate(dataclass_with(config, decode=DecodeConfig(policy="prefix")))
     (tmp_path / "prompts" / "math.jsonl").write_text(json.dumps({"turns": ["two " * 200]}), encoding="utf-8")
     with pytest.raises(DataError, match=r"math\.jsonl, line 1: the prompt has \d+ tokens.*at most 96"):
         evaluate(config)

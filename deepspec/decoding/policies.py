@@ -210,6 +210,7 @@ def _asynchronous(setup: PolicySetup) -> Policy:
     return AsynchronousScheduler(setup.cost("asynchronous"), setup.block_size)
 
 
+SCHEDULERS = ("prefix", "asynchronous")  # the policies that read an SPS table
 POLICIES: dict[str, Callable[[PolicySetup], Policy]] = {
     "fixed": _fixed,
     "threshold": _threshold,

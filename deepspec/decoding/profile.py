@@ -29,14 +29,13 @@ from deepspec.decoding.passes import target_pass
 from deepspec.decoding.proposers import DSparkProposer, Proposer
 from deepspec.decoding.requests import Request
 from deepspec.decoding.sampling import SamplingSettings
-from deepspec.decoding.sps import smooth, smoothing_report
+from deepspec.decoding.sps import SPS_FILE, smooth, smoothing_report
 from deepspec.drafts import load_draft
 from deepspec.drafts.loading import find_draft_folder, read_draft_config
 from deepspec.environment import command_line, machine, versions
 from deepspec.files import write_atomically
 from deepspec.targets import Target, attend_with, load_target
 
-SPS_FILE = "sps.json"
 DTYPES = CHOICES["target.dtype"]
 WARM_UP = 3  # runs of every size that are not counted
 Run = Callable[[], None]

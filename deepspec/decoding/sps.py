@@ -24,6 +24,7 @@ from deepspec.environment import machine
 logger = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
+SPS_FILE = "sps.json"  # beside a draft that was measured
 SHIPPED = Path(__file__).with_name("sps_tables")
 SAME_MACHINE = ("cpu", "torch_threads", "accelerator")  # what a table of this machine agrees in
 

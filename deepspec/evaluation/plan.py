@@ -13,8 +13,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from deepspec.config import ConfigError, EvalRun
 from deepspec.data.jsonl import DataError
-from deepspec.decoding.policies import Policy, PolicySetup, build_policy
-from deepspec.decoding.sps import load_table
+from deepspec.decoding.calibration import load_calibration
+from deepspec.decoding.policies import SCHEDULERS, Policy, PolicySetup, build_policy
+from deepspec.decoding.sps import SPS_FILE, SpsTable, load_table
 from deepspec.drafts.configuration import DraftSettings
 from deepspec.drafts.loading import find_draft_folder, read_draft_config
 from deepspec.evaluation.records import Key, digest_of
@@ -75,7 +76,7 @@ def make_plan(config: EvalRun) -> Plan:
     folder = find_draft_folder(config.checkpoint)
     draft_config = read_draft_config(folder)
     settings = DraftSettings.of(draft_config)
-    policy_for(config, settings, torch.device("cpu"))  # or refuse
+    policy_for(config, settings, folder, torch.device("cpu"))  # or refuse
     prompts = {
         name: load_set(
             name,
@@ -101,6 +102,7 @@ def make_plan(config: EvalRun) -> Plan:
     ]
     weights = {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
     stops = stop_tokens(target.path, target.revision, tokenizer)
+    decoding = _decoding_settings(config, folder, settings.block_size)
     return Plan(
         folder,
         draft_config,
@@ -112,15 +114,24 @@ def make_plan(config: EvalRun) -> Plan:
         stops,
         positions,
         _slot_length(config, prompts, positions, settings.block_size),
-        digest_of([weights, target_identity(config), target.dtype, _decoding_settings(config), config.seed, stops]),
+        digest_of([weights, target_identity(config), target.dtype, decoding, config.seed, stops]),
     )
 
 
-def policy_for(config: EvalRun, settings: DraftSettings, device: torch.device) -> Policy:
-    """The verification policy that `decode` asks for, for a draft of these settings.
+def sps_table(config: EvalRun, draft_folder: Path) -> SpsTable | None:
+    """The table that `decode.sps` names, else the one that was measured beside the draft; None if no policy asks."""
+    if config.decode.policy not in SCHEDULERS:
+        return None
+    beside = draft_folder / SPS_FILE
+    name = config.decode.sps or (beside if beside.is_file() else None)
+    return load_table(name) if name else None
+
+
+def policy_for(config: EvalRun, settings: DraftSettings, draft_folder: Path, device: torch.device) -> Policy:
+    """The verification policy that `decode` asks for, with the calibration that lies beside the draft, if any.
 
     Raises:
-        ConfigError, DataError, FileNotFoundError: see `build_policy` and `load_table`.
+        ConfigError, DataError, FileNotFoundError: see `build_policy`, `load_table` and `load_calibration`.
     """
     decode = config.decode
     setup = PolicySetup(
@@ -130,7 +141,8 @@ def policy_for(config: EvalRun, settings: DraftSettings, device: torch.device) -
         device=device,
         draft_tokens=decode.draft_tokens,
         confidence_threshold=decode.confidence_threshold,
-        sps=load_table(decode.sps) if decode.sps else None,
+        sps=sps_table(config, draft_folder),
+        temperatures=load_calibration(draft_folder, settings.block_size),
     )
     return build_policy(decode.policy, setup)
 
@@ -154,9 +166,15 @@ def _slot_length(config: EvalRun, prompts: dict[str, list[Prompt]], positions: i
     return given or needed
 
 
-def _decoding_settings(config: EvalRun) -> dict[str, Any]:
-    settings = {name: value for name, value in asdict(config.decode).items() if name != "max_length"}
-    return settings | {"sps": asdict(load_table(config.decode.sps)) if config.decode.sps else None}
+def _decoding_settings(config: EvalRun, draft_folder: Path, block_size: int) -> dict[str, Any]:
+    """All that the decoding depends on, the contents of the files that it names included."""
+    decode = config.decode
+    settings = {name: value for name, value in asdict(decode).items() if name != "max_length"}
+    table = sps_table(config, draft_folder)
+    settings["sps"] = table and asdict(table)
+    if decode.policy != "fixed":
+        settings["temperatures"] = load_calibration(draft_folder, block_size)
+    return settings
 
 
 def stop_tokens(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

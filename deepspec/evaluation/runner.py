@@ -194,7 +194,7 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
         DSparkProposer(draft, target),
         slots=config.decode.batch_size,
         max_length=plan.max_length,
-        policy=policy_for(config, plan.draft_settings, device),
+        policy=policy_for(config, plan.draft_settings, plan.draft_folder, device),
         verification=config.decode.verification,
         decode=text_of,
     )

@@ -1,0 +1,53 @@
+"""Decoding on a GPU: CUDA graphs change nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import GOLDENS
+from decoding_world import random_target
+
+from deepspec import load_draft
+from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+from deepspec.decoding.policies import ConfidenceThreshold
+from deepspec.targets import load_target
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = load_target(str(GOLDENS / "target"), device=torch.device("cuda"))
+    return target, load_draft(GOLDENS / "ckpt_dspark_vanilla", device="cuda")
+
+
+def requests_of(vocab: int, temperature: float) -> list[Request]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Request(torch.randint(0, vocab, (3 + 4 * i,), generator=generator).tolist(), 30, temperature, seed=i)
+        for i in range(9)
+    ]
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_graphs_change_nothing(pair, temperature, threshold):
+    target, draft = pair
+    requests = requests_of(target.vocab_size, temperature)
+    outputs = []
+    for graphs in (False, True):
+        policy = None if threshold is None else ConfidenceThreshold(threshold, draft.block_size)
+        engine = SpeculativeEngine(
+            target, DSparkProposer(draft, target), slots=5, max_length=96, policy=policy, graphs=graphs
+        )
+        outputs.append([completion.output_ids for completion in engine.generate(requests)])
+    assert outputs[0] == outputs[1]
+    if temperature == 0:
+        plain = SpeculativeEngine(target, slots=5, max_length=96).generate(requests)
+        assert outputs[0] == [completion.output_ids for completion in plain]
+
+
+def test_allocation_on_the_device():
+    target = random_target()
+    target.model.cuda()
+    assert SpeculativeEngine(target, max_length=32).generate([Request([1, 2], 5)])[0].finish_reason == "length"
