@@ -20,7 +20,7 @@ from deepspec.training.log import read_metrics
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
 PACKED = {"tokens_per_batch": 64}
-INSIDE_SAVING = [("fsync", 1), ("fsync", 5), ("replace", 2), ("fsync", 10), ("rename", 1), ("unlink", 2)]
+INSIDE_SAVING = [("fsync", 1), ("fsync", 5), ("replace", 2), ("rename", 1), ("unlink", 2)]
 IN_ACCUMULATION = ("accumulation", 5)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from deepspec.checkpoints import CheckpointError
 from deepspec.training.log import MetricsLog, read_metrics
 from deepspec.training.progress import Bar, Lines, Silence, progress_report
 
@@ -37,11 +39,14 @@ def test_new_run_starts_an_empty_file(tmp_path):
     assert read_metrics(tmp_path) == []
 
 
-def test_unwritable_metrics(tmp_path):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_metrics_on_a_full_disk(tmp_path):
     log = MetricsLog(tmp_path, 0)
-    log.path.mkdir()
-    with pytest.raises(RuntimeError, match=r"could not write the metrics of step 3 to .*metrics.jsonl"):
+    log.path.symlink_to("/dev/full")
+    with pytest.raises(CheckpointError) as error:
         log.write(3, {"loss": 1.0})
+    message = f"could not write the metrics of step 3 to {log.path}: [Errno 28] No space left on device. "
+    assert str(error.value).startswith(message + "Earlier checkpoints are untouched: free some space")
 
 
 def test_plain_lines(capsys):

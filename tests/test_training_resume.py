@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from training_world import assert_same_end, changed, draft_weights, tiny_run
 
 from deepspec.checkpoints import CheckpointError, checkpoint_folder, list_checkpoints, newest_checkpoint
-from deepspec.config import ConfigError
+from deepspec.config import ConfigError, WandbConfig
 from deepspec.files import sha256_of
 from deepspec.training import train
 from deepspec.training.interrupt import StopRequest
@@ -161,22 +162,44 @@ def test_never_refuses_to_overwrite(training_world, uninterrupted):
         train(tiny_run(training_world, run, resume="never"))
 
 
-def test_sigterm_saves_and_the_same_command_continues(training_world, uninterrupted, tmp_path, monkeypatch):
+def train_until_step_3(config, monkeypatch, signum=signal.SIGTERM):
     step = Reporter.step
 
-    def terminate_at_step_3(self, done, loss, row):
+    def give_notice(self, done, loss, row):
         step(self, done, loss, row)
         if done == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
 
-    config = tiny_run(training_world, tmp_path / "run")
     with monkeypatch.context() as patched:
-        patched.setattr(Reporter, "step", terminate_at_step_3)
-        result = train(config)
+        patched.setattr(Reporter, "step", give_notice)
+        return train(config)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_preemption_saves_and_the_same_command_continues(training_world, uninterrupted, tmp_path, monkeypatch, signum):
+    config = tiny_run(training_world, tmp_path / "run")
+    result = train_until_step_3(config, monkeypatch, signum)
     assert (result.status, result.step) == ("stopped", 3)
     assert newest_checkpoint(tmp_path / "run") == result.checkpoint
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signum) == signal.SIG_DFL
     assert_same_end(train(config).checkpoint, uninterrupted.checkpoint)
+
+
+def test_wandb_run_survives_a_resume_and_is_kept_for_a_later_upload(training_world, tmp_path, monkeypatch):
+    """`wandb sync` uploads both sessions into one run: they have one id and hold metrics."""
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    config = changed(tiny_run(training_world, tmp_path / "run"), logging={"wandb": WandbConfig(mode="offline")})
+    train_until_step_3(config, monkeypatch)
+    run_id = (tmp_path / "run" / "wandb_run_id").read_text()
+    assert len(run_id) == 12
+    time.sleep(1)  # folders of offline runs are named by the second
+    assert train(config).status == "finished"
+    assert (tmp_path / "run" / "wandb_run_id").read_text() == run_id
+    sessions = list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert len(sessions) == 2
+    for session in sessions:
+        assert session.name.endswith(f"-{run_id}")
+        assert b"eval/loss" in (session / f"run-{run_id}.wandb").read_bytes()
 
 
 def test_stop_request_restores_the_handler():

@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from deepspec.checkpoints import CheckpointError
 from deepspec.config import TrainRun
 from deepspec.files import write_atomically
 
@@ -32,13 +33,16 @@ class MetricsLog:
             write_atomically(self.path, "".join(f"{json.dumps(row)}\n" for row in kept))
 
     def write(self, step: int, row: dict[str, Any]) -> None:
-        """Raises RuntimeError when the file cannot be written."""
+        """Raises CheckpointError when the file cannot be written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **row}) + "\n")
         except OSError as error:
-            raise RuntimeError(f"could not write the metrics of step {step} to {self.path}: {error}") from error
+            raise CheckpointError(
+                f"could not write the metrics of step {step} to {self.path}: {error}. Earlier checkpoints are "
+                "untouched: free some space or make the file writable, then give the same command again to continue"
+            ) from error
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
