@@ -1,183 +1,120 @@
-"""Sampled output of the whole engine follows the target exactly: a G-test over thousands of requests."""
+"""The engine's output follows the target exactly: every policy, every rule, by G-tests over thousands of requests.
+
+What such a test would notice is shown in test_decoding_lossless_power.py, with as many requests.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from itertools import product
 
 import pytest
 import torch
-from decoding_world import g_test, random_draft, random_target, warped
+from lossless_world import (
+    ACCEPTABLE,
+    BLOCK,
+    POLICIES,
+    PROMPT,
+    REQUESTS,
+    TOKENS,
+    VOCAB,
+    engine_of,
+    exact,
+    p_values,
+    sampled,
+    tiny_draft,
+    tiny_target,
+)
 
-from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, proposers
-from deepspec.decoding.penalties import RepetitionPenalty
+from deepspec.decoding import LookupProposer, Request, SpeculativeEngine
 from deepspec.decoding.policies import ConfidenceThreshold
-from deepspec.decoding.sampling import draw, probabilities, sample
-from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, verify_greedy, verify_tokens
+from deepspec.decoding.verification import VERIFICATION_RULES
 
-VOCAB, TOKENS = 8, 3
-PROMPT = [1, 5, 2]
-REQUESTS, SLOTS = 12_000, 400
-ACCEPTABLE, REJECTED = 1e-3, 1e-6  # p-values; seeded, so a verdict never flickers
-
-
-@pytest.fixture(scope="module")
-def target():
-    return random_target(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        scale=0.5,
-        seed=4,
-    )
-
-
-@pytest.fixture(scope="module")
-def draft(target):
-    """Untrained, so a poor guesser."""
-    return random_draft(
-        target, num_layers=1, block_size=2, target_layer_ids=[0, 1], mask_token_id=0, markov_rank=4, seed=2
-    )
-
-
-def exact(target, sampling: dict[str, Any]) -> list[torch.Tensor]:
-    """Joint probabilities of the first one, two and three tokens, from uncached forward passes."""
-    prefixes, joint, joints = torch.tensor([PROMPT]), torch.ones(1, dtype=torch.float64), []
-    for _ in range(TOKENS):
-        logits = target.model(prefixes, use_cache=False).logits[:, -1]
-        joint = (joint[:, None] * warped(logits, **sampling, prefixes=prefixes)).flatten()
-        joints.append(joint)
-        following = torch.arange(VOCAB).repeat(len(prefixes))[:, None]
-        prefixes = torch.cat([prefixes.repeat_interleave(VOCAB, 0), following], dim=1)
-    return joints
-
-
-def p_values(engine, target, sampling: dict[str, Any]) -> list[float]:
-    requests = [Request(PROMPT, TOKENS, **sampling, seed=seed) for seed in range(REQUESTS)]
-    completions = engine.generate(requests)
-    outcomes = torch.tensor([completion.output_ids for completion in completions])
-    assert any(r.accepted for completion in completions for r in completion.rounds)
-    assert any(r.accepted < r.proposed for completion in completions for r in completion.rounds)
-    code, values = torch.zeros(REQUESTS, dtype=torch.long), []
-    joints = exact(target, sampling)
-    for position in range(TOKENS):
-        code = code * VOCAB + outcomes[:, position]
-        values.append(g_test(code, joints[position]))
-        marginal = joints[position].view(-1, VOCAB).sum(0)
-        values.append(g_test(outcomes[:, position], marginal))
-    return values
-
-
-def engine_of(target, draft, **options) -> SpeculativeEngine:
-    return SpeculativeEngine(target, DSparkProposer(draft, target), slots=SLOTS, max_length=8, **options)
-
-
-def median_confidence(target, draft) -> float:
-    """A threshold that cuts about half of the proposals short."""
-    completions = engine_of(target, draft).generate([Request(PROMPT, TOKENS, 1.0, seed=seed) for seed in range(400)])
-    confidences = [c for completion in completions for r in completion.rounds for c in r.confidences]
-    return float(torch.tensor(confidences).median())
-
-
-PLAIN = {"temperature": 1.0}
-TRUNCATED = {"temperature": 0.7, "top_k": 6, "top_p": 0.9}
+SAMPLINGS = {"0.7": {"temperature": 0.7}, "1.0_top_p": {"temperature": 1.0, "top_p": 0.9}}
+TRUNCATED = {"temperature": 0.7, "top_k": 4, "top_p": 0.9}
 MIN_P = {"temperature": 0.8, "min_p": 0.15}
 PENALISED = {"temperature": 1.0, "repetition_penalty": 1.8}
-EVERYTHING = {"temperature": 1.2, "top_k": 7, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 0.6}
+EVERYTHING = {"temperature": 1.2, "top_k": 5, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 0.6}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+@pytest.mark.parametrize("rule", VERIFICATION_RULES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sampled_output_follows_the_target(policy, rule, sampling):
+    completions = sampled(engine_of(policy=POLICIES[policy](), verification=rule), sampling)
+    values = p_values(completions, sampling)
+    assert min(values) > ACCEPTABLE, values
+    proposed = {r.proposed for completion in completions for r in completion.rounds}
+    assert proposed == {"fixed": {BLOCK}, "fixed_1": {1}}.get(policy, set(range(BLOCK + 1)))
+
+
+@pytest.mark.parametrize("rule", VERIFICATION_RULES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_greedy_output_is_the_targets(policy, rule):
+    prompts = [list(prompt) for n in (1, 2, 3) for prompt in product(range(VOCAB), repeat=n)]
+    completions = engine_of(policy=POLICIES[policy](), verification=rule).generate([Request(p, TOKENS) for p in prompts])
+    for length in (1, 2, 3):
+        chosen = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        tokens = torch.tensor([prompts[i] for i in chosen])
+        for _ in range(TOKENS):
+            with torch.inference_mode():
+                best = tiny_target().model(tokens, use_cache=False).logits[:, -1].argmax(-1)
+            tokens = torch.cat([tokens, best[:, None]], dim=1)
+        assert [completions[i].output_ids for i in chosen] == tokens[:, length:].tolist()
+    assert any(r.accepted for completion in completions for r in completion.rounds)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_on_the_fixed_buffers_of_graphs(policy):
+    """Beside greedy rows, and with idle ones as the requests run out."""
+    sampling = SAMPLINGS["1.0_top_p"]
+    engine = engine_of(policy=POLICIES[policy](), verification="block", graphs=True)
+    greedy = [Request(PROMPT, TOKENS)] * 100
+    completions = engine.generate(
+        greedy + [Request(PROMPT, TOKENS, **sampling, seed=seed) for seed in range(REQUESTS)]
+    )
+    values = p_values(completions[100:], sampling)
+    assert min(values) > ACCEPTABLE, values
+    assert len({tuple(completion.output_ids) for completion in completions[:100]}) == 1
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+@pytest.mark.parametrize("rule", VERIFICATION_RULES)
+def test_prompt_lookup(rule, threshold):
+    policy = None if threshold is None else ConfidenceThreshold(threshold, BLOCK)
+    proposer = LookupProposer(VOCAB, BLOCK)
+    engine = SpeculativeEngine(
+        tiny_target(), proposer, slots=400, max_length=16, policy=policy, verification=rule
+    )
+    sampling = SAMPLINGS["1.0_top_p"]
+    values = p_values(sampled(engine, sampling), sampling)
+    assert min(values) > ACCEPTABLE, values
 
 
 @pytest.mark.parametrize(
-    ("verification", "is_cut", "sampling"),
+    ("rule", "policy", "sampling"),
     [
-        ("token", False, PLAIN),
-        ("token", True, TRUNCATED),
-        ("block", False, TRUNCATED),
-        ("block", True, PLAIN),
-        ("token", False, MIN_P),
-        ("block", True, MIN_P),
-        ("token", True, PENALISED),
-        ("block", False, PENALISED),
-        ("block", False, EVERYTHING),
+        ("token", "threshold", TRUNCATED),
+        ("block", "fixed", TRUNCATED),
+        ("token", "fixed", MIN_P),
+        ("block", "threshold", MIN_P),
+        ("token", "threshold", PENALISED),
+        ("block", "fixed", PENALISED),
+        ("block", "prefix_in_pairs", EVERYTHING),
     ],
 )
-def test_sampled_output_follows_the_target(target, draft, verification, is_cut, sampling):
-    policy = ConfidenceThreshold(median_confidence(target, draft), draft.block_size) if is_cut else None
-    engine = engine_of(target, draft, verification=verification, policy=policy)
-    values = p_values(engine, target, sampling)
+def test_whatever_the_sampling(rule, policy, sampling):
+    values = p_values(sampled(engine_of(policy=POLICIES[policy](), verification=rule), sampling), sampling)
     assert min(values) > ACCEPTABLE, values
 
 
-def test_a_draft_without_a_sequential_head_may_penalise_all_slots_alike(target):
-    parallel = random_draft(
-        target,
-        algorithm="dflash",
-        num_layers=1,
-        block_size=2,
-        target_layer_ids=[0, 1],
-        mask_token_id=0,
-        markov_rank=0,
-        confidence_head=False,
-        seed=2,
-    )
-    values = p_values(engine_of(target, parallel), target, PENALISED)
+def test_a_draft_without_a_sequential_head_may_penalise_all_slots_alike():
+    parallel = tiny_draft(algorithm="dflash", markov_rank=0, confidence_head=False)
+    values = p_values(sampled(engine_of(parallel), PENALISED), PENALISED)
     assert min(values) > ACCEPTABLE, values
 
 
-def accept_the_likeliest(tokens, draft, target, lengths, accept, after) -> Verdict:
-    """Keeps drafted tokens that equal the target's argmax, as some decoders do at any temperature."""
-    accepted = verify_greedy(tokens, target.argmax(-1), lengths).accepted
-    return Verdict(accepted, sample(target[torch.arange(len(tokens)), accepted], after))
-
-
-def one_percent_shift(tokens, draft, target, lengths, accept, after) -> Verdict:
-    """Moves one percentage point of probability from the target's likeliest next token to its least likely one."""
-    shifted = target.clone()
-    shifted.scatter_add_(-1, target.argmax(-1, keepdim=True), torch.full_like(target[..., :1], -0.01))
-    shifted.scatter_add_(-1, target.argmin(-1, keepdim=True), torch.full_like(target[..., :1], 0.01))
-    return verify_tokens(tokens, draft, shifted, lengths, accept, after)
-
-
-@pytest.mark.parametrize("broken", [accept_the_likeliest, one_percent_shift])
-def test_a_broken_rule_is_noticed(target, draft, broken, monkeypatch):
-    monkeypatch.setitem(VERIFICATION_RULES, "token", broken)
-    values = p_values(engine_of(target, draft), target, PLAIN)
-    assert min(values) < REJECTED, values
-
-
-def test_a_draft_that_lies_about_its_distribution_is_noticed(target, draft, monkeypatch):
-    """Tokens drawn at one temperature, judged by the probabilities of another."""
-    engine = engine_of(target, draft)
-    propose = engine.proposer.propose
-
-    def lying(*args):
-        proposal = propose(*args)
-        flattened = proposal.probabilities.sqrt()
-        proposal.probabilities.copy_(flattened / flattened.sum(-1, keepdim=True))
-        return proposal
-
-    monkeypatch.setattr(engine.proposer, "propose", lying)
-    values = p_values(engine, target, PLAIN)
-    assert min(values) < REJECTED, values
-
-
-@pytest.mark.parametrize("verification", ["token", "block"])
-def test_a_penalty_that_forgets_the_drafted_tokens_is_noticed(target, draft, verification, monkeypatch):
-    """Every position judged by what was seen before the round."""
-    monkeypatch.setattr(RepetitionPenalty, "apply_along", lambda penalty, logits, ids: penalty.apply(logits))
-    values = p_values(engine_of(target, draft, verification=verification), target, PENALISED)
-    assert min(values) < REJECTED, values
-
-
-@pytest.mark.parametrize("verification", ["token", "block"])
-def test_a_draft_that_hides_its_min_p_is_noticed(target, draft, verification, monkeypatch):
-    """Tokens drawn after min-p, judged by the probabilities before it."""
-
-    def hiding(logits, settings, uniform):
-        return draw(logits, settings, uniform)[0], probabilities(logits, replace(settings, any_min_p=False))
-
-    monkeypatch.setattr(proposers, "draw", hiding)
-    values = p_values(engine_of(target, draft, verification=verification), target, MIN_P)
-    assert min(values) < REJECTED, values
+@pytest.mark.parametrize("sampling", [*SAMPLINGS.values(), EVERYTHING])
+def test_the_reference_is_a_distribution(sampling):
+    for joint in exact(sampling):
+        assert float(joint.sum()) == pytest.approx(1, abs=1e-12)
+        assert (joint > 0).sum() > 2
