@@ -99,6 +99,11 @@ class SpeculativeEngine:
         """Requests without a slot yet."""
         return len(self._waiting)
 
+    @property
+    def written(self) -> int:
+        """Output tokens of the requests in slots so far."""
+        return sum(len(row.completion.output_ids) for row in self._rows if row)
+
     def generate(
         self, requests: Sequence[Request], on_finish: Callable[[int, Completion], None] | None = None
     ) -> list[Completion]:

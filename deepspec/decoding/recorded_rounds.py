@@ -46,7 +46,7 @@ def read_source(
             verify whole blocks, have no confidences, or are too damaged to read.
     """
     folder = Path(folder)
-    metrics = _metrics(folder)
+    metrics = metrics_of(folder)
     try:
         weights, block_size = metrics["draft"]["weights"], metrics["draft"]["block_size"]
         settings, digest = metrics["settings"], metrics["settings_digest"]
@@ -76,7 +76,12 @@ def read_source(
     return Source(rounds, description)
 
 
-def _metrics(folder: Path) -> dict[str, Any]:
+def metrics_of(folder: Path) -> dict[str, Any]:
+    """The metrics of a finished evaluation.
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
     try:
         return json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -129,7 +134,7 @@ def _rounds_of(records: list[tuple[str, dict[str, Any]]], block_size: int) -> tu
             for completion in row["speculative"]["completions"]:
                 number = sum(prompts_of.values())
                 prompts_of[row["set_name"]] = prompts_of.get(row["set_name"], 0) + 1
-                for proposed, accepted, given in _whole_blocks(completion, block_size, place):
+                for proposed, accepted, given in whole_blocks(completion, block_size, place):
                     confidences.append(given + [np.nan] * (block_size - proposed))
                     counts.append((proposed, accepted))
                     prompts.append(number)
@@ -142,8 +147,12 @@ def _rounds_of(records: list[tuple[str, dict[str, Any]]], block_size: int) -> tu
     return RecordedRounds(matrix, proposed, accepted, np.array(prompts, dtype=np.int64)), prompts_of
 
 
-def _whole_blocks(completion: dict[str, Any], block_size: int, place: str) -> Iterator[tuple[int, int, list[float]]]:
-    """Proposed, accepted and confidences of each round; only the last may be short, cut by a stop token or the end."""
+def whole_blocks(completion: dict[str, Any], block_size: int, place: str) -> Iterator[tuple[int, int, list[float]]]:
+    """Proposed, accepted and confidences of each round; only the last may be short, cut by a stop token or the end.
+
+    Raises:
+        DataError: other rounds are short, or there are no confidences.
+    """
     rounds = completion["rounds"]
     if completion["finish_reason"] == "error":
         return
