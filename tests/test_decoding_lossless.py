@@ -51,7 +51,9 @@ def test_sampled_output_follows_the_target(policy, rule, sampling):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_greedy_output_is_the_targets(policy, rule):
     prompts = [list(prompt) for n in (1, 2, 3) for prompt in product(range(VOCAB), repeat=n)]
-    completions = engine_of(policy=POLICIES[policy](), verification=rule).generate([Request(p, TOKENS) for p in prompts])
+    completions = engine_of(policy=POLICIES[policy](), verification=rule).generate(
+        [Request(p, TOKENS) for p in prompts]
+    )
     for length in (1, 2, 3):
         chosen = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
         tokens = torch.tensor([prompts[i] for i in chosen])
@@ -69,9 +71,7 @@ def test_on_the_fixed_buffers_of_graphs(policy):
     sampling = SAMPLINGS["1.0_top_p"]
     engine = engine_of(policy=POLICIES[policy](), verification="block", graphs=True)
     greedy = [Request(PROMPT, TOKENS)] * 100
-    completions = engine.generate(
-        greedy + [Request(PROMPT, TOKENS, **sampling, seed=seed) for seed in range(REQUESTS)]
-    )
+    completions = engine.generate(greedy + [Request(PROMPT, TOKENS, **sampling, seed=seed) for seed in range(REQUESTS)])
     values = p_values(completions[100:], sampling)
     assert min(values) > ACCEPTABLE, values
     assert len({tuple(completion.output_ids) for completion in completions[:100]}) == 1
@@ -82,9 +82,7 @@ def test_on_the_fixed_buffers_of_graphs(policy):
 def test_prompt_lookup(rule, threshold):
     policy = None if threshold is None else ConfidenceThreshold(threshold, BLOCK)
     proposer = LookupProposer(VOCAB, BLOCK)
-    engine = SpeculativeEngine(
-        tiny_target(), proposer, slots=400, max_length=16, policy=policy, verification=rule
-    )
+    engine = SpeculativeEngine(tiny_target(), proposer, slots=400, max_length=16, policy=policy, verification=rule)
     sampling = SAMPLINGS["1.0_top_p"]
     values = p_values(sampled(engine, sampling), sampling)
     assert min(values) > ACCEPTABLE, values

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lossless_world import CLIFF, POLICIES, REJECTED, BLOCK, InPairs, engine_of, p_values, sampled
+from lossless_world import BLOCK, CLIFF, POLICIES, REJECTED, InPairs, engine_of, p_values, sampled
 
 from deepspec.decoding import proposers
 from deepspec.decoding.penalties import RepetitionPenalty

@@ -73,7 +73,11 @@ class Span:
     @cached_property
     def slot_of(self) -> Tensor:
         """[total], the slot of each packed token."""
-        slots = torch.tensor(self.slots, device=self.positions.device)
+        device = self.positions.device
+        if isinstance(self.slots, range):  # without the host's memory, which a CUDA graph could not read again
+            slots = torch.arange(self.slots.start, self.slots.stop, device=device)
+        else:
+            slots = torch.tensor(self.slots, device=device)
         if self._place is None:
             return slots.repeat_interleave(self.longest)
         return slots[self._place // self.longest]

@@ -238,13 +238,13 @@ class SpeculativeEngine:
             requests = [row.request for row in rows] + [IDLE] * missing
             self._settings = SamplingSettings.of_requests(requests, self.target.vocab_size, self._device, seen)
         starts = [row.length for row in rows] + [0] * missing
-        anchors = [row.anchor for row in rows] + [0] * missing
-        on_device = torch.tensor([anchors, starts], device=self._device)
+        last = [row.anchor for row in rows] + [0] * missing
+        anchors, lengths = self._sent(torch.tensor([last, starts]))
         end = max(starts) + self.block_size + 1
         if self._graphs:
             end = min(self.max_length, -(-end // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE)
         uniform = self._uniform(rows, self._settings, missing)
-        return Batch(len(rows), starts, on_device[0], on_device[1], uniform, self._settings, end)
+        return Batch(len(rows), starts, anchors, lengths, uniform, self._settings, end)
 
     def _book(self, rows: list[Row], outcome: Outcome) -> None:
         """Bring a round's outcome to the host, all at once, and into the rows."""
@@ -296,7 +296,11 @@ class SpeculativeEngine:
             return None
         unused = torch.zeros(2 * self.block_size + 1, dtype=torch.float64)
         drawn = [row.uniform() for row in rows] + [None] * idle
-        return torch.stack([unused if u is None else u for u in drawn]).to(self._device)
+        return self._sent(torch.stack([unused if u is None else u for u in drawn]))
+
+    def _sent(self, values: Tensor) -> Tensor:
+        """On the device, without waiting for it."""
+        return values if self._device.type == "cpu" else values.pin_memory().to(self._device, non_blocking=True)
 
 
 def _check_settings(
