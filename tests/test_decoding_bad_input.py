@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDENS
 from decoding_world import random_draft, random_target
 
 from deepspec.config import ConfigError
-from deepspec.decoding import DSparkProposer, LookupProposer, Request, SpeculativeEngine, memory
+from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, memory
 from deepspec.decoding.cache import bytes_per_slot
 from deepspec.decoding.policies import ConfidenceThreshold, PolicySetup, build_policy
 from deepspec.decoding.sps import load_table
@@ -51,7 +47,9 @@ def test_an_empty_prompt(target):
 
 
 def test_another_vocabulary(draft):
-    with pytest.raises(ValueError, match=r"its embedding is \[61, 32\] \[vocab, hidden\], but that of target .* \[50, 32"):
+    with pytest.raises(
+        ValueError, match=r"its embedding is \[61, 32\] \[vocab, hidden\], but that of target .* \[50, 32"
+    ):
         DSparkProposer(draft, random_target(vocab_size=50))
 
 
@@ -113,7 +111,9 @@ def test_slots_that_do_not_fit_the_memory(target, draft, monkeypatch):
     each = bytes_per_slot(target.config, 64, torch.float32) + bytes_per_slot(draft.config, 64, torch.float32)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * each + 5)
     proposer = DSparkProposer(draft, target)
-    message = r"decode.batch_size=4: the caches of so many slots of 64 positions need .* 3 would fit: lower decode.batch_s"
+    message = (
+        r"decode.batch_size=4: the caches of so many slots of 64 positions need .* 3 would fit: lower decode.batch_s"
+    )
     with pytest.raises(ConfigError, match=message):
         SpeculativeEngine(target, proposer, slots=4, max_length=64)
     assert proposer._store is None

@@ -27,7 +27,7 @@ def target():
 
 @pytest.fixture(scope="module")
 def draft(target):
-    return random_draft(target, block_size=BLOCK, target_layer_ids=[0, 2])
+    return random_draft(target, block_size=BLOCK, target_layer_ids=[0, 1])
 
 
 def policy_of(name: str, slots: int):
@@ -152,8 +152,12 @@ def test_lengths_and_caches_after_every_round(target, draft, drawn, policy, grap
                 if row is not None and checked < 8:
                     tokens = (row.request.prompt_ids + row.completion.output_ids)[: row.length]
                     of_target, of_draft = fresh_caches(target, draft, tokens)
-                    torch.testing.assert_close(stored(engine._cache.store, slot, row.length), of_target, atol=1e-5, rtol=1e-5)
-                    torch.testing.assert_close(stored(engine.proposer.store, slot, row.length), of_draft, atol=1e-5, rtol=1e-5)
+                    torch.testing.assert_close(
+                        stored(engine._cache.store, slot, row.length), of_target, atol=1e-5, rtol=1e-5
+                    )
+                    torch.testing.assert_close(
+                        stored(engine.proposer.store, slot, row.length), of_draft, atol=1e-5, rtol=1e-5
+                    )
                     checked += 1
     assert sorted(number for number, _ in ended) == [number for number, _ in submitted]
     for number, completion in ended:
@@ -182,7 +186,7 @@ def test_a_pass_never_holds_more_than_its_capacity(target, draft, policy, graphs
     monkeypatch.setattr(engine.policy, "lengths", counted)
     monkeypatch.setattr(target, "forward", seen)
     completions = engine.generate([Request([i + 1] * 9, 14, temperature=1.0, seed=i) for i in range(4)])
-    assert all(((0 <= chosen) & (chosen <= BLOCK)).all() for _, chosen in decided)
+    assert all(((chosen >= 0) & (chosen <= BLOCK)).all() for _, chosen in decided)
     proposed = sum(r.proposed for completion in completions for r in completion.rounds)
     assert proposed == sum(int(chosen.sum()) for _, chosen in decided)
     assert max(computed) <= 4 * (1 + BLOCK)

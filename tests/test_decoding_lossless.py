@@ -19,7 +19,6 @@ from lossless_world import (
     VOCAB,
     engine_of,
     engine_with,
-    exact,
     p_values,
     sampled,
     tiny_draft,
@@ -70,9 +69,7 @@ def test_on_the_fixed_buffers_of_graphs(policy):
     sampling = SAMPLINGS["1.0_top_p"]
     engine = engine_with(policy, verification="block", graphs=True)
     greedy = [Request(PROMPT, TOKENS)] * 100
-    completions = engine.generate(
-        greedy + [Request(PROMPT, TOKENS, **sampling, seed=seed) for seed in range(REQUESTS)]
-    )
+    completions = engine.generate(greedy + [Request(PROMPT, TOKENS, **sampling, seed=seed) for seed in range(REQUESTS)])
     values = p_values(completions[100:], sampling)
     assert min(values) > ACCEPTABLE, values
     assert len({tuple(completion.output_ids) for completion in completions[:100]}) == 1

@@ -317,8 +317,14 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ("decode.batch_size=100000000", "decode.batch_size=100000000: the caches of so many slots of .* would fit: lower"),
-        ("target.path={other}", r"draft: its embedding is \[\d+, 32\] \[vocab, hidden\], but that of target .* is \[300, 32\]"),
+        (
+            "decode.batch_size=100000000",
+            "decode.batch_size=100000000: the caches of so many slots of .* would fit: lower",
+        ),
+        (
+            "target.path={other}",
+            r"draft: its embedding is \[\d+, 32\] \[vocab, hidden\], but that of target .* is \[300, 32\]",
+        ),
     ],
 )
 def test_the_command_line_answers_a_mistake_with_one_message(
