@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,9 +61,15 @@ class Replay:
                 ]
                 self._following[len(prompt) + i, token] = wrong + [0] * (block_size - len(wrong))
 
-    def propose(self, anchors: Tensor, positions: Tensor, *_: object) -> Proposal:
+    def propose(self, anchors: Tensor, positions: Tensor, *args: Any) -> Proposal:
         pairs = zip(positions.tolist(), anchors.tolist(), strict=True)
-        return Proposal(torch.tensor([self._following[pair] for pair in pairs]), None, None)
+        unknown = [0] * self.block_size  # of a row that is not among the requests
+        length = args[-1] if args else self.block_size
+        tokens = torch.tensor([self._following.get(pair, unknown) for pair in pairs])
+        return Proposal(tokens[:, :length], None, None)
+
+    def bytes_per_slot(self, columns: int) -> int:
+        return 0
 
     def allocate(self, *_: object) -> None: ...
 

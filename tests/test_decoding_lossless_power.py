@@ -6,7 +6,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lossless_world import BLOCK, CLIFF, POLICIES, REJECTED, InPairs, engine_of, p_values, sampled
+from lossless_world import (
+    BLOCK,
+    CLIFF,
+    REJECTED,
+    InPairs,
+    Opinionated,
+    engine_of,
+    engine_with,
+    p_values,
+    sampled,
+    tiny_draft,
+    tiny_target,
+)
 
 from deepspec.decoding import proposers
 from deepspec.decoding.penalties import RepetitionPenalty
@@ -51,6 +63,9 @@ def test_a_broken_rule(broken, monkeypatch):
     assert_noticed(engine_of(), PLAIN)
 
 
+PAIR_COST = RoundCost(CLIFF, 2, BLOCK)
+
+
 class Unconstrained(Policy):
     """The best of all numbers of places for the current confidences: the scheduler without its early stop."""
 
@@ -58,21 +73,21 @@ class Unconstrained(Policy):
 
     def lengths(self, confidences, rows):
         ranking = Ranking.of(confidences)
-        cost = RoundCost(CLIFF, 2, BLOCK)
-        return ranking.lengths(best_places(ranking.throughput(cost.seconds(rows, BLOCK))))
+        return ranking.lengths(best_places(ranking.throughput(PAIR_COST.seconds(rows, BLOCK))))
 
 
 @pytest.mark.parametrize("rule", VERIFICATION_RULES)
 def test_a_scheduler_that_searches_the_current_confidences(rule):
-    """The same pairs, costs and confidences with which the scheduler that stops early is exact."""
-    assert_noticed(engine_of(policy=InPairs(Unconstrained), verification=rule), PLAIN)
+    """With the pairs, costs and confidences with which the schedulers `..._in_pairs` are exact."""
+    proposer = Opinionated(tiny_draft(), tiny_target())
+    assert_noticed(engine_of(proposer, policy=InPairs(Unconstrained), verification=rule), PLAIN)
 
 
 @pytest.mark.parametrize("rule", VERIFICATION_RULES)
-@pytest.mark.parametrize("policy", ["threshold", "prefix", "prefix_in_pairs", "asynchronous"])
+@pytest.mark.parametrize("policy", ["threshold", "prefix", "asynchronous"])
 def test_a_confidence_that_has_seen_its_own_token(policy, rule, monkeypatch):
     """The draft's probability of the token that it has drawn, as some decoders use it."""
-    engine = engine_of(policy=POLICIES[policy](), verification=rule)
+    engine = engine_with(policy, verification=rule)
     propose = engine.proposer.propose
 
     def peeking(*args):

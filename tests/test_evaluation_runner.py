@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -353,3 +354,44 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     (tmp_path / "prompts" / "math.jsonl").write_text(json.dumps({"turns": ["two " * 200]}), encoding="utf-8")
     with pytest.raises(DataError, match=r"math\.jsonl, line 1: the prompt has \d+ tokens.*at most 96"):
         evaluate(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            "decode.batch_size=100000000",
+            "decode.batch_size=100000000: the caches of so many slots of .* would fit: lower",
+        ),
+        (
+            "target.path={other}",
+            r"draft: its embedding is \[\d+, 32\] \[vocab, hidden\], but that of target .* is \[300, 32\]",
+        ),
+    ],
+)
+def test_the_command_line_answers_a_mistake_with_one_message(
+    config: EvalRun, tmp_path: Path, changes: str, message: str
+) -> None:
+    other = tmp_path / "other"
+    Qwen3ForCausalLM(tiny_target_config(vocab_size=300, max_position_embeddings=96)).save_pretrained(other)
+    load_tokenizer(config.target.path).save_pretrained(other)
+    root = Path(__file__).resolve().parent.parent
+    words = [
+        f"checkpoint={config.checkpoint}",
+        f"target.path={config.target.path}",
+        f"eval.prompts_dir={config.eval.prompts_dir}",
+        f"output_dir={config.output_dir}",
+        "eval.sets=[math]",
+        "decode.max_new_tokens=4",
+        changes.format(other=other),
+    ]
+    finished = subprocess.run(
+        [sys.executable, str(root / "eval.py"), *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert finished.returncode == 2, finished.stderr
+    assert re.search(f"^error: .*{message}", finished.stderr, re.MULTILINE), finished.stderr
+    assert "Traceback" not in finished.stderr

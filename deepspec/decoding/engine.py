@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from deepspec.config import near_match
+from deepspec.config import ConfigError, near_match
 from deepspec.decoding.attention import SLOTS
 from deepspec.decoding.cache import SlotCache, Span
 from deepspec.decoding.graphs import Graphs, ladder, next_size
@@ -61,9 +61,9 @@ class SpeculativeEngine:
             graphs: capture draft and verify passes as CUDA graphs; None = on a GPU.
 
         Raises:
-            ValueError: the target has layers without full attention, there is no such verification rule, or the policy
-                needs confidences that the proposer has not.
-            RuntimeError: the caches of so many slots do not fit the memory; says how many do.
+            ConfigError: the target has layers without full attention, there is no such verification rule, the policy
+                needs confidences that the proposer has not, or the caches of so many slots do not fit the memory; says
+                how many do.
         """
         _check_settings(target, proposer, slots, policy, verification)
         self.target = target
@@ -308,16 +308,16 @@ def _check_settings(
 ) -> None:
     unsupported = set(getattr(target.config, "layer_types", None) or []) - {"full_attention"}
     if unsupported:
-        raise ValueError(f"target {target.name_or_path}: layers of type {sorted(unsupported)} cannot be decoded yet")
+        raise ConfigError(f"target {target.name_or_path}: layers of type {sorted(unsupported)} cannot be decoded yet")
     if verification not in VERIFICATION_RULES:
-        raise ValueError(
+        raise ConfigError(
             f"decode.verification={verification}: must be one of {', '.join(VERIFICATION_RULES)}."
             f"{near_match(verification, VERIFICATION_RULES)}"
         )
     if slots < 1:
-        raise ValueError(f"decode.batch_size={slots}: must be at least 1")
+        raise ConfigError(f"decode.batch_size={slots}: must be at least 1")
     if policy and policy.needs_confidences and proposer and not proposer.has_confidences:
-        raise ValueError(
+        raise ConfigError(
             f"{type(policy).__name__}: this draft has no confidence head; train one with draft.confidence_head=true or "
             "set decode.policy=fixed"
         )

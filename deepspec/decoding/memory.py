@@ -5,6 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
+from deepspec.config import ConfigError
 from deepspec.decoding.cache import bytes_per_slot
 from deepspec.decoding.proposers import Proposer
 from deepspec.targets import Target
@@ -14,14 +15,14 @@ def check_memory(target: Target, proposer: Proposer | None, slots: int, columns:
     """Compare the caches of target and proposer with the free memory of the device.
 
     Raises:
-        RuntimeError: they do not fit; says how many slots would.
+        ConfigError: they do not fit; says how many slots would.
     """
     each = bytes_per_slot(target.config, columns, target.dtype)
     if proposer:
         each += proposer.bytes_per_slot(columns)
     free = free_bytes(target.device)
     if slots * each > free:
-        raise RuntimeError(
+        raise ConfigError(
             f"decode.batch_size={slots}: the caches of so many slots of {columns} positions need {gib(slots * each)} "
             f"({gib(each)} each), and {gib(free)} are free on {target.device}; {free // each} would fit: lower "
             "decode.batch_size or decode.max_length"

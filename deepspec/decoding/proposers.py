@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from deepspec.config import ConfigError
 from deepspec.decoding.cache import KeyValueStore, Span, bytes_per_slot
 from deepspec.decoding.sampling import SamplingSettings, draw
 from deepspec.drafts import DSparkModel
@@ -21,7 +22,7 @@ class Proposal:
     """Drafted tokens of a batch of rows."""
 
     tokens: Tensor  # long [rows, length]
-    probabilities: Tensor | None  # [rows, length, vocab], what each token was drawn from; None = the argmax
+    probabilities: Tensor | None  # [rows, length, vocab], what each token was drawn from; None = that token for sure
     confidences: Tensor | None  # [rows, length], the probability that token k is kept given that all before it were
 
 
@@ -76,12 +77,12 @@ class DSparkProposer:
     def __init__(self, draft: DSparkModel, target: Target):
         """
         Raises:
-            ValueError: the draft was not made for this target.
+            ConfigError: the draft was not made for this target.
         """
         check_target(draft, target)
         deepest = max(draft.target_layer_ids)
         if deepest >= target.num_layers:
-            raise ValueError(
+            raise ConfigError(
                 f"this draft reads layers up to {deepest}, but target {target.name_or_path} has {target.num_layers} "
                 "(numbered from 0); load the target it was trained for"
             )

@@ -178,10 +178,13 @@ class Rounds:
             token, _ = draw(logits, settings, None if uniform is None else uniform[:, -1:])
             return Verdict(torch.zeros_like(token[:, 0]), token[:, 0])
         tokens = proposal.tokens[:, :drafted]
-        if uniform is None or proposal.probabilities is None:
+        if uniform is None:
             return verify_greedy(tokens, logits.argmax(-1), proposed)
         accept_uniform = uniform[:, self.block_size : self.block_size + drafted]
-        distribution = proposal.probabilities[:, :drafted]
+        if proposal.probabilities is None:
+            distribution = functional.one_hot(tokens, logits.shape[-1]).float()
+        else:
+            distribution = proposal.probabilities[:, :drafted]
         return self.rule(
             tokens, distribution, probabilities(logits, settings), proposed, accept_uniform, uniform[:, -1]
         )

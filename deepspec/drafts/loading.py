@@ -112,18 +112,18 @@ def check_target(draft: DSparkModel, target: LoadedTarget, source: Path | str = 
     A draft that records no fingerprint (published elsewhere) is compared by shape, and a different embedding is logged.
 
     Raises:
-        ValueError: another target.
+        ConfigError: another target.
     """
     recorded = getattr(draft.config, "target_fingerprint", None)
     trained_for = getattr(draft.config, "target_model_name_or_path", None)
     if draft.embed_tokens.weight.shape != target.embedding_weight.shape:
-        raise ValueError(
+        raise ConfigError(
             f"{source}: its embedding is {list(draft.embed_tokens.weight.shape)} [vocab, hidden], but that of target "
             f"{target.name_or_path} is {list(target.embedding_weight.shape)}; it was trained for "
             f"{trained_for or 'another target'}"
         )
     if recorded is not None and recorded != target.fingerprint:
-        raise ValueError(
+        raise ConfigError(
             f"{source}: trained for target {trained_for} with fingerprint {recorded[:12]}, but the fingerprint of "
             f"{target.name_or_path} is {target.fingerprint[:12]}; load the target it was trained for"
         )

@@ -1,0 +1,126 @@
+"""Bad input to the decoder: each mistake is answered with a message that says what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from decoding_world import random_draft, random_target
+
+from deepspec.config import ConfigError
+from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, memory
+from deepspec.decoding.cache import bytes_per_slot
+from deepspec.decoding.policies import ConfidenceThreshold, PolicySetup, build_policy
+from deepspec.decoding.sps import load_table
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def target():
+    return random_target()
+
+
+@pytest.fixture(scope="module")
+def draft(target):
+    return random_draft(target)
+
+
+def test_a_prompt_longer_than_a_slot(target, draft):
+    engine = SpeculativeEngine(target, DSparkProposer(draft, target), max_length=32)
+    message = "request 0: a prompt of 33 tokens, 1 new ones and a block of 5 need 39 positions, a slot has 32; raise"
+    for decode in (lambda request: engine.generate([request]), engine.submit):
+        with pytest.raises(ValueError, match=message):
+            decode(Request([1] * 33, 1))
+    assert engine.waiting == 0
+    assert len(engine.generate([Request([1] * 26, 1)])[0].output_ids) == 1
+
+
+def test_an_empty_prompt(target):
+    engine = SpeculativeEngine(target, max_length=32)
+    engine.submit(Request([1], 2))
+    with pytest.raises(ValueError, match="request 1: the prompt is empty"):
+        engine.submit(Request([], 2))
+    assert (engine.waiting, engine.submit(Request([2], 2))) == (1, 1)
+
+
+def test_another_vocabulary(draft):
+    with pytest.raises(
+        ValueError, match=r"its embedding is \[61, 32\] \[vocab, hidden\], but that of target .* \[50, 32"
+    ):
+        DSparkProposer(draft, random_target(vocab_size=50))
+
+
+def test_a_confidence_policy_without_confidences(target):
+    silent = DSparkProposer(random_draft(target, confidence_head=False), target)
+    with pytest.raises(ValueError, match="ConfidenceThreshold: this draft has no confidence head; train one with"):
+        SpeculativeEngine(target, silent, max_length=32, policy=ConfidenceThreshold(0.5, 5))
+    with pytest.raises(ConfigError, match="decode.policy=threshold: this draft has no confidence head; .*policy=fixed"):
+        build_policy("threshold", PolicySetup(5, 1, has_confidences=False))
+
+
+def test_an_sps_table_of_another_machine(tmp_path, caplog):
+    record = {"points": [{"tokens": 1, "steps_per_second": 9.0}], "machine": {"cpu": "an abacus"}}
+    (tmp_path / "sps.json").write_text(json.dumps(record), encoding="utf-8")
+    table = load_table(tmp_path / "sps.json")
+    assert "sps.json is not an SPS table of this machine (cpu an abacus, here " in caplog.text
+    assert "measure with python -m deepspec.decoding.profile" in caplog.text
+    policy = build_policy("prefix", PolicySetup(5, 2, has_confidences=True, sps=table))
+    assert policy.lengths(torch.ones(2, 5), 2).shape == (2,)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken_slot", [0, 1, 2])
+def test_one_row_with_nan_among_rows_of_different_lengths(target, draft, broken_slot, temperature, graphs, monkeypatch):
+    requests = [Request([i, i + 1], 12, temperature, seed=i) for i in range(6)]
+    drafted = SpeculativeEngine(target, DSparkProposer(draft, target), slots=3, max_length=32).generate(requests)
+    median = torch.tensor([c for completion in drafted for r in completion.rounds for c in r.confidences]).median()
+    policy = ConfidenceThreshold(float(median), 5)
+    engine = SpeculativeEngine(
+        target, DSparkProposer(draft, target), slots=3, max_length=32, policy=policy, graphs=graphs
+    )
+    expected = engine.generate(requests)
+    forward = target.forward
+
+    def failing(input_ids, position_ids, *args, span):
+        features = forward(input_ids, position_ids, *args, span=span)
+        if engine.timing.rounds == 0 and span.longest > 2:  # the first one
+            of_row = span.slot_of == broken_slot
+            features.final[0, of_row] = torch.nan
+            features.context[0, of_row] = torch.nan
+        return features
+
+    monkeypatch.setattr(target, "forward", failing)
+    completions = engine.generate(requests)
+    proposed = {c.rounds[0].proposed for c in expected[:3]}
+    assert len(proposed) > 1
+    assert [c.finish_reason for c in completions].count("error") == 1
+    for i, (completion, whole) in enumerate(zip(completions, expected, strict=True)):
+        if completion.finish_reason == "error":
+            assert i == broken_slot
+            assert completion.output_ids == whole.output_ids[: len(completion.output_ids)]
+            assert completion.rounds == []
+        else:
+            assert completion.output_ids == whole.output_ids
+
+
+def test_slots_that_do_not_fit_the_memory(target, draft, monkeypatch):
+    each = bytes_per_slot(target.config, 64, torch.float32) + bytes_per_slot(draft.config, 64, torch.float32)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * each + 5)
+    proposer = DSparkProposer(draft, target)
+    message = (
+        r"decode.batch_size=4: the caches of so many slots of 64 positions need .* 3 would fit: lower decode.batch_s"
+    )
+    with pytest.raises(ConfigError, match=message):
+        SpeculativeEngine(target, proposer, slots=4, max_length=64)
+    assert proposer._store is None
+    SpeculativeEngine(target, proposer, slots=3, max_length=64).generate([Request([1], 3)])
+
+
+def test_free_memory_is_what_the_system_says(target):
+    assert 2**20 < memory.free_bytes(target.device) < 2**50
+    with pytest.raises(ConfigError, match=r"decode.batch_size=1000000000: .* would fit"):
+        SpeculativeEngine(target, slots=10**9, max_length=64)
