@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,19 +62,23 @@ def load_result(kind: str, load: float, slices: Mapping[str, Sequence[Slice]]) -
 
 
 def against_fixed(kind: str, slices: Mapping[str, Sequence[Slice]], scheduler: str) -> dict[str, Any]:
-    """A scheduler's speed over that of the better fixed length, turn by turn.
+    """A scheduler's speed over that of the better fixed length: of all turns together, and turn by turn.
 
     The speed is throughput in a closed loop. Poisson arrivals set the throughput, so there it is tokens/s per user.
-    Which fixed length is the better one is decided by all turns together, so that luck in a single turn does not.
     """
-    speeds = {name: [speed_of(kind, part) for part in slices[name]] for name in (FIXED_1, FIXED_BLOCK, scheduler)}
-    better = max((FIXED_1, FIXED_BLOCK), key=lambda name: statistics.median(speeds[name]))
-    ratios = [ours / theirs for ours, theirs in zip(speeds[scheduler], speeds[better], strict=True)]
-    return {"better": better, "ratio": summary(ratios)}
+    better = max((FIXED_1, FIXED_BLOCK), key=lambda name: _speed(kind, slices[name]))
+    pairs = zip(slices[scheduler], slices[better], strict=True)
+    return {
+        "better": better,
+        "ratio": _speed(kind, slices[scheduler]) / _speed(kind, slices[better]),
+        "turns": summary([_speed(kind, [ours]) / _speed(kind, [theirs]) for ours, theirs in pairs]),
+    }
 
 
-def speed_of(kind: str, part: Slice) -> float:
-    return part.tokens / part.seconds if kind == CLOSED else sum(part.lengths) / sum(part.latencies)
+def _speed(kind: str, slices: Sequence[Slice]) -> float:
+    if kind == CLOSED:
+        return sum(part.tokens for part in slices) / sum(part.seconds for part in slices)
+    return sum(sum(part.lengths) for part in slices) / sum(sum(part.latencies) for part in slices)
 
 
 def verdicts(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -85,7 +88,7 @@ def verdicts(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for kind in dict.fromkeys(result["arrivals"] for result in results):
         of_kind = [result for result in results if result["arrivals"] == kind]
         for name in SCHEDULERS:
-            ratios = [result["against_fixed"][name]["ratio"]["median"] for result in of_kind]
+            ratios = [result["against_fixed"][name]["ratio"] for result in of_kind]
             loads = [result["load"] for result in of_kind]
             found.setdefault(kind, {})[name] = {
                 "smallest_ratio": min(ratios),
@@ -118,7 +121,7 @@ def table_of(results: Sequence[Mapping[str, Any]], kind: str) -> Table:
             continue
         table.add_section()
         for place, (name, figures) in enumerate(result["policies"].items()):
-            latency, ratio = figures["latency_seconds"], result["against_fixed"].get(name, {}).get("ratio")
+            latency, against = figures["latency_seconds"], result["against_fixed"].get(name)
             table.add_row(
                 "" if place else f"{result['load']:.4g}",
                 name,
@@ -128,7 +131,9 @@ def table_of(results: Sequence[Mapping[str, Any]], kind: str) -> Table:
                 f"{figures['verified_per_pass']:.1f}",
                 f"{figures['tau']:.2f}" if figures["tau"] else "",
                 f"{latency['p50']:.3g}, {latency['p99']:.3g}",
-                spread(ratio, 3) if ratio else "",
+                f"{against['ratio']:.3f} ({against['turns']['min']:.3f} to {against['turns']['max']:.3f})"
+                if against
+                else "",
             )
     return table
 

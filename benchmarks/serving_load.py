@@ -71,13 +71,13 @@ class LoadOptions:
     sets: str = "math,code,chat"
     prompts: int = 64  # of each set, over and over
     prompt_tokens: int = 0  # of a request, with model=; 0 = other machines read the prompts
-    max_new_tokens: int = 64  # of a request; with model= as many as were recorded
+    max_new_tokens: int = 48  # of a request; with model= as many as were recorded
     temperature: float = 1.0
     confidence_threshold: float = 0.5  # of the threshold policy
     users: list[int] = field(default_factory=list)  # of the closed loop; empty = 1 to 32, with model= 1 to 512
-    offered: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75, 0.9])  # Poisson; empty = no such arrivals
-    requests: int = 24  # that end in a turn; in a closed loop at least one for each user
-    repeats: int = 5  # turns that count
+    offered: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.9])  # Poisson; empty = no such arrivals
+    requests: int = 12  # that end in a turn; in a closed loop at least one for each user
+    repeats: int = 4  # turns that count
     sps_repeats: int = 10
     seed: int = 0
     output: str | None = None  # null = outputs/benchmarks/serving_load.json, with model= serving_load_model.json
