@@ -20,8 +20,8 @@ def draw_biased(
 ) -> tuple[Tensor, Tensor]:
     """Draw a token of every row from softmax((base + latents @ W2^T) / temperature).
 
-    The logits and the distribution are float32; of 16-bit latents and W2 the products are summed in float32. The
-    Triton implementation reads W2 once for all rows. A row that is not finite gets some token of the vocabulary.
+    The logits and the distribution are float32, and so is the sum of products (on a GPU those of float32 numbers are
+    made of three TF32 products). The Triton implementation reads W2 once for all rows. A row that is not finite gets some token of the vocabulary.
 
     Args:
         base: [rows, vocab], logits of the backbone, the last stride 1.
@@ -37,10 +37,11 @@ def draw_biased(
         cumulative probability, summed in float64, is above uniform * total. One-hot at temperature 0.
     """
     _check(base, latents, markov_w2)
-    assert temperatures.shape == uniform.shape == base.shape[:1] and uniform.dtype == torch.float64
+    assert temperatures.shape == uniform.shape == base.shape[:1]
+    assert uniform.dtype == torch.float64
     if out is None:
         out = torch.empty_like(base, dtype=torch.float32, memory_format=torch.contiguous_format)
-    assert out.shape == base.shape and out.dtype == torch.float32 and out.stride(-1) == 1
+    assert (out.shape, out.dtype, out.stride(-1)) == (base.shape, torch.float32, 1)
     if runs_in_triton(base, implementation):
         from deepspec.kernels import biased_sampling_triton  # imports Triton, which not everybody has
 
@@ -65,5 +66,7 @@ def _logits(base: Tensor, latents: Tensor, markov_w2: Tensor) -> Tensor:
 
 
 def _check(base: Tensor, latents: Tensor, markov_w2: Tensor) -> None:
-    assert base.shape == (len(latents), len(markov_w2)) and latents.shape[1] == markov_w2.shape[1]
-    assert base.stride(-1) == latents.stride(-1) == 1 and markov_w2.is_contiguous()
+    assert base.shape == (len(latents), len(markov_w2))
+    assert latents.shape[1] == markov_w2.shape[1]
+    assert base.stride(-1) == latents.stride(-1) == 1
+    assert markov_w2.is_contiguous()

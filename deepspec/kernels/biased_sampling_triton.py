@@ -33,7 +33,7 @@ def draw_biased(
         chunk = min(CHUNK, triton.next_power_of_2(vocab))
         chunks = triton.cdiv(vocab, chunk)
         masses = base.new_empty(rows, chunks, dtype=torch.float64)
-        _normalise[(chunks, rows)](
+        _normalise[(rows, chunks)](
             out,
             out.stride(0),
             temperatures,
@@ -117,9 +117,9 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 
 def _product_dtype(latents: Tensor, markov_w2: Tensor) -> torch.dtype:
-    """Of the operands: 16 bits where nothing is lost and tensor cores multiply them (the interpreter has none)."""
-    is_half = markov_w2.is_cuda and latents.dtype == markov_w2.dtype and markov_w2.dtype != torch.float32
-    return markov_w2.dtype if is_half else torch.float32
+    """Of the operands: 16 bits where nothing is lost by it and the product exists (the interpreter has none of bf16)."""
+    can_multiply = latents.dtype == markov_w2.dtype and not triton.knobs.runtime.interpret
+    return markov_w2.dtype if can_multiply else torch.float32
 
 
 @triton.jit
@@ -196,7 +196,7 @@ def _normalise(
     CHUNK: tl.constexpr,
 ):
     """One chunk of one row per program: logits become probabilities in place."""
-    chunk, row = tl.program_id(0), tl.program_id(1)
+    row, chunk = tl.program_id(0), tl.program_id(1)
     block = tl.arange(0, BLOCKS)
     statistic = row * blocks + block
     tops = tl.load(largest + statistic, mask=block < blocks, other=-float("inf"))

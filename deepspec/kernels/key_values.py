@@ -33,9 +33,13 @@ def append_key_values(
         implementation: "plain" or "triton"; None = triton on a GPU where it is installed.
     """
     _, heads, columns, head_dim = keys_cache.shape
-    assert keys.shape == values.shape == (len(slots), heads, head_dim) and slots.shape == positions.shape
-    assert keys_cache.stride() == values_cache.stride() and values_cache.shape == keys_cache.shape
-    assert all(new.stride(-1) == 1 and new.dtype == keys_cache.dtype for new in (keys, values, keys_cache, values_cache))
+    assert keys.shape == values.shape == (len(slots), heads, head_dim)
+    assert slots.shape == positions.shape
+    assert keys_cache.shape == values_cache.shape
+    assert keys_cache.stride() == values_cache.stride()
+    assert all(
+        new.stride(-1) == 1 and new.dtype == keys_cache.dtype for new in (keys, values, keys_cache, values_cache)
+    )
     if runs_in_triton(keys_cache, implementation):
         from deepspec.kernels import key_values_triton  # imports Triton, which not everybody has
 
