@@ -20,8 +20,9 @@ def draw_biased(
 ) -> tuple[Tensor, Tensor]:
     """Draw a token of every row from softmax((base + latents @ W2^T) / temperature).
 
-    The logits and the distribution are float32, and so is the sum of products (on a GPU those of float32 numbers are
-    made of three TF32 products). The Triton implementation reads W2 once for all rows. A row that is not finite gets some token of the vocabulary.
+    The logits and the distribution are float32, and so are the products and their sum (of float32 inputs Triton makes
+    each product of three in TF32). The Triton implementation reads W2 once for all rows. A row that is not finite gets
+    some token of the vocabulary.
 
     Args:
         base: [rows, vocab], logits of the backbone, the last stride 1.

@@ -117,7 +117,7 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 
 def _product_dtype(latents: Tensor, markov_w2: Tensor) -> torch.dtype:
-    """Of the operands: 16 bits where nothing is lost by it and the product exists (the interpreter has none of bf16)."""
+    """Of the operands: 16 bits if both have them (the interpreter cannot multiply bf16), else float32."""
     can_multiply = latents.dtype == markov_w2.dtype and not triton.knobs.runtime.interpret
     return markov_w2.dtype if can_multiply else torch.float32
 

@@ -60,11 +60,12 @@ def _append(
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token * slots_stride).to(tl.int64)  # a cache can have more than 2**31 elements
     position = tl.load(positions + token * positions_stride).to(tl.int64)
-    head = tl.arange(0, HEADS)[:, None].to(tl.int64)
-    feature = tl.arange(0, HEAD_DIM)[None, :]
-    written = (head < heads) & (feature < head_dim) & (position >= 0) & (position < columns)
-    place = slot * cache_slot_stride + head * cache_head_stride + position * cache_column_stride + feature
-    key = tl.load(keys + token * keys_token_stride + head * keys_head_stride + feature, mask=written)
-    value = tl.load(values + token * values_token_stride + head * values_head_stride + feature, mask=written)
-    tl.store(keys_cache + place, key, mask=written)
-    tl.store(values_cache + place, value, mask=written)
+    if (position >= 0) & (position < columns):
+        head = tl.arange(0, HEADS)[:, None].to(tl.int64)
+        feature = tl.arange(0, HEAD_DIM)[None, :]
+        exists = (head < heads) & (feature < head_dim)
+        place = slot * cache_slot_stride + head * cache_head_stride + position * cache_column_stride + feature
+        key = tl.load(keys + token * keys_token_stride + head * keys_head_stride + feature, mask=exists)
+        value = tl.load(values + token * values_token_stride + head * values_head_stride + feature, mask=exists)
+        tl.store(keys_cache + place, key, mask=exists)
+        tl.store(values_cache + place, value, mask=exists)
