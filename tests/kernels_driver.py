@@ -35,21 +35,17 @@ def draw(implementation: str, **arguments: Any) -> tuple[Tensor, ...]:
 
 
 def draw_near(implementation: str, nearness: float, **arguments: Any) -> tuple[Tensor, ...]:
-    """Draws with uniforms just above and just below a boundary between two tokens of each row.
+    """Draws just below and just above the boundary before the token that each row would draw.
 
     Returns:
-        The distribution, the first token above the boundary, the token drawn above it, the last one below, drawn below.
+        The distribution, the uniforms below, what they draw, the uniforms above, what they draw.
     """
-    _, distribution = draw(implementation, **arguments)
+    tokens, distribution = draw(implementation, **arguments)
     cumulative = distribution.double().cumsum(-1)
-    boundary = torch.searchsorted(cumulative, arguments["uniform"][:, None] * cumulative[:, -1:]).squeeze(1)
-    edge = (cumulative / cumulative[:, -1:]).gather(1, boundary[:, None]).squeeze(1)
-    inside = edge < 1 - 2 * nearness
-    drawn = [
-        draw(implementation, **arguments | {"uniform": uniform})[0]
-        for uniform in ((edge + nearness).where(inside, 0.5), (edge - nearness).clamp(min=0).where(inside, 0.5))
-    ]
-    return distribution, boundary, inside, *drawn
+    before = (cumulative.gather(1, tokens[:, None]) - distribution.gather(1, tokens[:, None])) / cumulative[:, -1:]
+    below, above = (before[:, 0] - nearness).clamp(min=0), before[:, 0] + nearness
+    drawn = [draw(implementation, **arguments | {"uniform": uniform})[0] for uniform in (below, above)]
+    return distribution, below, drawn[0], above, drawn[1]
 
 
 def argmax(implementation: str, **arguments: Tensor) -> tuple[Tensor, ...]:

@@ -40,6 +40,7 @@ def draw_biased(
     _check(base, latents, markov_w2)
     assert temperatures.shape == uniform.shape == base.shape[:1]
     assert uniform.dtype == torch.float64
+    assert temperatures.is_contiguous()
     if out is None:
         out = torch.empty_like(base, dtype=torch.float32, memory_format=torch.contiguous_format)
     assert (out.shape, out.dtype, out.stride(-1)) == (base.shape, torch.float32, 1)

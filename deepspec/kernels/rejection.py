@@ -48,10 +48,11 @@ def verify_logits(
         target_logits: [positions, vocab], the last stride 1. Slot k of row r is at position offsets[r] + k, and a row
             has one position more than proposed tokens. Rows may follow each other without padding.
         temperatures: float32 [rows], without gaps.
-        lengths: long [rows], how many tokens of each row are proposed; the others count as not there. None = all.
+        lengths: long [rows], without gaps, how many tokens of each row are proposed; the others count as not there.
+            None = all.
         accept_uniform: float64 [rows, slots], from 0 to below 1.
         next_uniform: float64 [rows], from 0 to below 1.
-        offsets: long [rows]; None = rows of slots + 1 positions, one after the other.
+        offsets: long [rows], without gaps; None = rows of slots + 1 positions, one after the other.
         implementation: "plain" or "triton"; None = triton on a GPU where it is installed.
 
     Raises:
@@ -65,6 +66,7 @@ def verify_logits(
     assert offsets is not None or len(target_logits) == rows * (slots + 1)
     assert accept_uniform.shape == (rows, slots)
     assert next_uniform.shape == temperatures.shape == (rows,)
+    assert all(given is None or given.is_contiguous() for given in (temperatures, lengths, offsets))
     if runs_in_triton(target_logits, implementation):
         from deepspec.kernels import rejection_triton  # imports Triton, which not everybody has
 
