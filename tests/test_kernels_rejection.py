@@ -105,8 +105,8 @@ def not_finite() -> Inputs:
 
 
 CHUNK = 4096
-VOCAB = 9011
-POSSIBLE = [3, 4, 700, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 5, 9000]  # across three chunks
+VOCAB = 13_011
+POSSIBLE = [3, 4, 700, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5, 13_000]  # in three chunks, none in another
 IMPOSSIBLE = 5000
 
 
