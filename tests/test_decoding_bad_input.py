@@ -55,9 +55,11 @@ def test_another_vocabulary(draft):
 
 def test_a_confidence_policy_without_confidences(target):
     silent = DSparkProposer(random_draft(target, confidence_head=False), target)
-    with pytest.raises(ValueError, match="ConfidenceThreshold: this draft has no confidence head; train one with"):
+    with pytest.raises(ValueError, match=r"ConfidenceThreshold: this draft has no confidence head; train one with"):
         SpeculativeEngine(target, silent, max_length=32, policy=ConfidenceThreshold(0.5, 5))
-    with pytest.raises(ConfigError, match="decode.policy=threshold: this draft has no confidence head; .*policy=fixed"):
+    with pytest.raises(
+        ConfigError, match=r"decode.policy=threshold: this draft has no confidence head; .*policy=fixed"
+    ):
         build_policy("threshold", PolicySetup(5, 1, has_confidences=False))
 
 

@@ -18,6 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from deepspec.kernels.dispatch import runs_in_triton
+from deepspec.kernels.key_values import PADDING, append_key_values
+
 
 class Span:
     """Tokens of one forward pass: of each row some consecutive positions, one row's after another's, in one packed row.
@@ -41,13 +44,16 @@ class Span:
         self.start: int | None = None  # of the only row, where the host knows it
         self._index: Tensor | None = None  # [rows, longest], the packed token of each place
         self._place: Tensor | None = None  # [total], the place of each packed token
+        self._repeated: Tensor | None = None  # bool [total]
         steps = torch.arange(longest, device=starts.device)
         if isinstance(counts, int):
             self.positions = (starts[:, None] + steps).flatten()  # [total]
             return
         ends = counts.cumsum(0)
         first = ends - counts
-        token = torch.arange(total, device=starts.device).minimum(ends[-1] - 1)
+        places = torch.arange(total, device=starts.device)
+        self._repeated = places >= ends[-1]
+        token = places.minimum(ends[-1] - 1)
         row_of = torch.searchsorted(ends, token, right=True)
         offset = token - first[row_of]
         self.positions = starts[row_of] + offset
@@ -82,6 +88,13 @@ class Span:
             return slots.repeat_interleave(self.longest)
         return slots[self._place // self.longest]
 
+    @cached_property
+    def written(self) -> Tensor:
+        """[total], the positions, PADDING where the last token is repeated."""
+        if self._repeated is None:
+            return self.positions
+        return self.positions.masked_fill(self._repeated, PADDING)
+
     def to_rows(self, packed: Tensor) -> Tensor:
         """[total, ...] -> [rows, longest, ...]; a shorter row repeats its last token."""
         if self._index is None:
@@ -108,9 +121,13 @@ class KeyValueStore:
             slot, columns = span.slots[0], slice(span.start, span.start + span.total)
             self.keys[layer][slot, :, columns] = keys[0]
             self.values[layer][slot, :, columns] = values[0]
-        else:
-            self.keys[layer][span.slot_of, :, span.positions] = keys[0].transpose(0, 1)
-            self.values[layer][span.slot_of, :, span.positions] = values[0].transpose(0, 1)
+            return
+        keys, values = keys[0].transpose(0, 1), values[0].transpose(0, 1)
+        if runs_in_triton(keys, None):
+            append_key_values(self.keys[layer], self.values[layer], keys, values, span.slot_of, span.written)
+        else:  # a repeated token writes the same once more
+            self.keys[layer][span.slot_of, :, span.positions] = keys
+            self.values[layer][span.slot_of, :, span.positions] = values
 
     def read(self, layer: int, slots: Sequence[int], columns: int) -> tuple[Tensor, Tensor]:
         """The first columns of some slots: keys and values [rows, kv_heads, columns, head_dim].

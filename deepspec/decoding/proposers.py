@@ -13,7 +13,10 @@ from deepspec.config import ConfigError
 from deepspec.decoding.cache import KeyValueStore, Span, bytes_per_slot
 from deepspec.decoding.sampling import SamplingSettings, draw
 from deepspec.drafts import DSparkModel
+from deepspec.drafts.heads import MarkovHead
 from deepspec.drafts.loading import check_target
+from deepspec.kernels.biased_sampling import argmax_biased, draw_biased
+from deepspec.kernels.dispatch import runs_in_triton
 from deepspec.targets import Target
 
 
@@ -158,10 +161,12 @@ class DSparkProposer:
         for slot in range(hidden.shape[1]):
             here = slice(slot, slot + 1)
             latent, state = head.step(previous[-1], hidden[:, here], state)
-            biased = logits[:, here] + head.bias(latent)
-            if penalty:
-                biased = penalty.apply(biased)
-            token, distribution = draw(biased, settings, None if uniform is None else uniform[:, here])
+            of_slot = None if uniform is None else uniform[:, here]
+            if settings.is_plain and penalty is None and runs_in_triton(logits, None):
+                token, distribution = _draw_fused(head, logits[:, slot], latent[:, 0], settings, of_slot)
+            else:
+                biased = logits[:, here] + head.bias(latent)
+                token, distribution = draw(penalty.apply(biased) if penalty else biased, settings, of_slot)
             if penalty:
                 penalty = penalty.after(token)
             previous.append(token)
@@ -175,3 +180,14 @@ class DSparkProposer:
         if self.draft.confidence_head is None:
             return None
         return self.draft.confidence_head(hidden, embedding).float().sigmoid()
+
+
+def _draw_fused(
+    head: MarkovHead, logits: Tensor, latents: Tensor, settings: SamplingSettings, uniform: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`draw` with the bias of a slot, logits [rows, vocab] and latents [rows, rank], in one kernel."""
+    table = head.markov_w2.weight
+    if uniform is None:
+        return argmax_biased(logits, latents, table)[:, None], None
+    tokens, distribution = draw_biased(logits, latents, table, settings.temperatures, uniform[:, 0])
+    return tokens[:, None], distribution[:, None]

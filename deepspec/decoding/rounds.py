@@ -16,7 +16,9 @@ from deepspec.decoding.passes import target_pass
 from deepspec.decoding.policies import Policy
 from deepspec.decoding.proposers import Proposal, Proposer
 from deepspec.decoding.sampling import SamplingSettings, draw, probabilities
-from deepspec.decoding.verification import Verdict, VerificationRule, verify_greedy
+from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, VerificationRule, verify_greedy
+from deepspec.kernels.dispatch import runs_in_triton
+from deepspec.kernels.rejection import verify_logits
 from deepspec.targets import Target
 
 
@@ -185,9 +187,14 @@ class Rounds:
             distribution = functional.one_hot(tokens, logits.shape[-1]).float()
         else:
             distribution = proposal.probabilities[:, :drafted]
-        return self.rule(
-            tokens, distribution, probabilities(logits, settings), proposed, accept_uniform, uniform[:, -1]
-        )
+        next_uniform = uniform[:, -1]
+        name = next((name for name, rule in VERIFICATION_RULES.items() if rule is self.rule), None)
+        if name and settings.is_plain and runs_in_triton(logits, None):
+            packed, temperatures = logits.flatten(0, 1), settings.temperatures
+            return verify_logits(
+                name, tokens, distribution, packed, temperatures, proposed, accept_uniform, next_uniform
+            )
+        return self.rule(tokens, distribution, probabilities(logits, settings), proposed, accept_uniform, next_uniform)
 
     def _run(
         self, batch: Batch, key: tuple[Hashable, ...], function: Callable[..., Tensors], inputs: Tensors

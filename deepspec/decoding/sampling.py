@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deepspec.decoding.penalties import RepetitionPenalty
 from deepspec.decoding.requests import Request
+from deepspec.kernels.inversion import sample
 
 LARGEST_UNIFORM = 1 - 2.0**-52  # so that uniform * total is below total in float64 for every total
 SMALLEST_TEMPERATURE = 1e-30  # keeps logits / temperature finite
@@ -71,6 +72,16 @@ class SamplingSettings:
             any_truncated=any(truncated),
             any_min_p=any(min_ps),
         )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a distribution is softmax(logits / temperature), or one-hot, and no more."""
+        return not (self.any_truncated or self.any_min_p)
+
+    @property
+    def temperatures(self) -> Tensor:
+        """float32 [rows], 0 where greedy."""
+        return self.temperature.masked_fill(self.greedy, 0.0).flatten()
 
     @property
     def flags(self) -> tuple[bool, ...]:
@@ -128,22 +139,6 @@ def _truncate(result: Tensor, settings: SamplingSettings) -> Tensor:
 def _drop_unlikely(result: Tensor, min_p: Tensor) -> Tensor:
     kept = result.masked_fill(result < min_p * result.amax(-1, keepdim=True), 0.0)
     return kept / kept.sum(-1, keepdim=True)
-
-
-def sample(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Draw from unnormalised non-negative weights by inverting their cumulative sum, in float64.
-
-    Args:
-        weights: [..., vocab]
-        uniform: float64 [...], in [0, LARGEST_UNIFORM].
-
-    Returns:
-        Token ids [...]; a token of weight 0 is never drawn.
-    """
-    cumulative = torch.cumsum(weights, -1, dtype=torch.float64)
-    threshold = uniform.unsqueeze(-1) * cumulative[..., -1:]
-    drawn = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    return drawn.clamp_(max=weights.shape[-1] - 1)  # out of range only if the weights were not finite
 
 
 def draw(logits: Tensor, settings: SamplingSettings, uniform: Tensor | None) -> tuple[Tensor, Tensor | None]:

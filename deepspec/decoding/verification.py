@@ -1,29 +1,22 @@
 """Which drafted tokens to keep, and the token after them, such that the output follows the target exactly.
 
-Both rules take the distributions that the tokens were drawn from (draft) and would have been drawn from (target). At
-temperature 0 both come down to `verify_greedy`.
+The rules take the distributions that the tokens were drawn from (draft) and would have been drawn from (target); at
+temperature 0 all come down to `verify_greedy`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from deepspec.decoding.sampling import sample
+from deepspec.kernels.rejection import RULES, Verdict, verify_block, verify_tokens
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """Per row, what a round keeps."""
-
-    accepted: Tensor  # long [rows], drafted tokens kept
-    next_token: Tensor  # long [rows], the corrected or the bonus token
-
+__all__ = ["VERIFICATION_RULES", "Verdict", "VerificationRule", "verify_block", "verify_greedy", "verify_tokens"]
 
 VerificationRule = Callable[[Tensor, Tensor, Tensor, "Tensor | None", Tensor, Tensor], Verdict]
+VERIFICATION_RULES: dict[str, VerificationRule] = RULES
 
 
 def verify_greedy(tokens: Tensor, best: Tensor, lengths: Tensor | None) -> Verdict:
@@ -36,110 +29,6 @@ def verify_greedy(tokens: Tensor, best: Tensor, lengths: Tensor | None) -> Verdi
     """
     keep = tokens == best[:, :-1]
     if lengths is not None:
-        keep = keep & _proposed(tokens.shape[1], lengths)
+        keep = keep & (torch.arange(tokens.shape[1], device=lengths.device) < lengths[:, None])
     accepted = keep.cumprod(1).sum(1)
     return Verdict(accepted, best.gather(1, accepted[:, None]).squeeze(1))
-
-
-def verify_tokens(
-    tokens: Tensor,
-    draft: Tensor,
-    target: Tensor,
-    lengths: Tensor | None,
-    accept_uniform: Tensor,
-    next_uniform: Tensor,
-) -> Verdict:
-    """Token verification (Leviathan et al. 2023, algorithm 1; Chen et al. 2023, algorithm 2).
-
-    Keep x_k with probability min(1, p_t / p_d), left to right; after the first rejection draw from
-    norm(max(p_t - p_d, 0)), after none from p_t.
-
-    Args:
-        tokens: long [rows, slots], drafted.
-        draft: [rows, slots, vocab], what each token was drawn from.
-        target: [rows, slots + 1, vocab]
-        lengths: long [rows], how many tokens of each row are proposed; the others count as not there. None = all.
-        accept_uniform: float64 [rows, slots]
-        next_uniform: float64 [rows]
-    """
-    slots = tokens.shape[1]
-    chosen_target, chosen_draft = _chosen(tokens, target[:, :slots], draft)
-    keep = accept_uniform * chosen_draft < chosen_target
-    if lengths is not None:
-        keep = keep & _proposed(slots, lengths)
-    accepted = keep.cumprod(1).sum(1)
-    return Verdict(accepted, _next_token(draft, target, accepted, lengths, None, next_uniform))
-
-
-def verify_block(
-    tokens: Tensor,
-    draft: Tensor,
-    target: Tensor,
-    lengths: Tensor | None,
-    accept_uniform: Tensor,
-    next_uniform: Tensor,
-) -> Verdict:
-    """Block verification (Sun et al. 2024, algorithm 2): keeps at least as many tokens in expectation.
-
-    With p_0 = 1 and p_i = min(1, p_{i-1} p_t(x_i) / p_d(x_i)), the kept length is the last i whose own test passes with
-    probability h_i = S_i / (S_i + 1 - p_i), S_i = sum_x max(p_i p_t(x) - p_d(x), 0) at position i + 1, and h_i = p_i
-    for the last proposed i. After i < length the next token is drawn from norm(max(p_i p_t - p_d, 0)).
-
-    Arguments as for `verify_tokens`.
-    """
-    rows, slots = tokens.shape
-    device = tokens.device
-    if slots == 0:
-        accepted = torch.zeros(rows, dtype=torch.long, device=device)
-        return Verdict(accepted, _next_token(draft, target, accepted, lengths, None, next_uniform))
-    chosen_target, chosen_draft = _chosen(tokens, target[:, :slots], draft)
-    ratio = chosen_target / chosen_draft
-    prefix = [torch.ones(rows, dtype=torch.float64, device=device)]
-    for slot in range(slots):
-        prefix.append((prefix[-1] * ratio[:, slot]).clamp(max=1.0))
-    survival = torch.stack(prefix, dim=1)  # [rows, slots + 1]
-
-    inner = survival[:, 1:-1]  # [rows, slots - 1], p_i of the i after which another token was drafted
-    surplus = (inner[..., None] * target[:, 1:slots].double() - draft[:, 1:].double()).clamp(min=0).sum(-1)
-    whole = surplus + 1 - inner
-    stopping = torch.where(whole > 0, surplus / whole, 0.0)
-    probability = torch.cat([stopping, survival[:, -1:]], dim=1)
-    counts = torch.arange(1, slots + 1, device=device)
-    if lengths is not None:
-        probability = torch.where(counts == lengths[:, None], survival[:, 1:], probability)
-        probability = torch.where(_proposed(slots, lengths), probability, 0.0)
-    accepted = ((accept_uniform < probability) * counts).amax(1)
-    scale = survival.gather(1, accepted[:, None])
-    return Verdict(accepted, _next_token(draft, target, accepted, lengths, scale, next_uniform))
-
-
-VERIFICATION_RULES: dict[str, VerificationRule] = {"token": verify_tokens, "block": verify_block}
-
-
-def _proposed(slots: int, lengths: Tensor) -> Tensor:
-    return torch.arange(slots, device=lengths.device) < lengths[:, None]
-
-
-def _chosen(tokens: Tensor, target: Tensor, draft: Tensor) -> tuple[Tensor, Tensor]:
-    """The probabilities of the drafted tokens in float64, each [rows, slots]."""
-    index = tokens.unsqueeze(-1)
-    return target.gather(-1, index).squeeze(-1).double(), draft.gather(-1, index).squeeze(-1).double()
-
-
-def _next_token(
-    draft: Tensor, target: Tensor, accepted: Tensor, lengths: Tensor | None, scale: Tensor | None, uniform: Tensor
-) -> Tensor:
-    """Draw from norm(max(scale * p_t - p_d, 0)) at the first token not kept; from p_t if all proposed ones were kept.
-
-    `scale` is [rows, 1], None = 1.
-    """
-    rows = torch.arange(len(accepted), device=accepted.device)
-    slots = draft.shape[1]
-    at_target = target[rows, accepted].double()
-    if slots == 0:
-        return sample(at_target, uniform)
-    at_draft = draft[rows, accepted.clamp(max=slots - 1)].double()
-    residual = ((at_target if scale is None else scale * at_target) - at_draft).clamp_(min=0)
-    # A residual of nothing means equal distributions: rounding alone can have rejected, and p_t is right.
-    from_target = (accepted == (slots if lengths is None else lengths)) | (residual.sum(-1) <= 0)
-    return sample(torch.where(from_target[:, None], at_target, residual), uniform)
