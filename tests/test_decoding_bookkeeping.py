@@ -155,8 +155,6 @@ def test_lengths_and_caches_after_every_round(target, draft, drawn, policy, grap
                     torch.testing.assert_close(
                         stored(engine._cache.store, slot, row.length), of_target, atol=1e-5, rtol=1e-5
                     )
-                    torch.testing.assert_close(
-                        stored(engine.proposer.store, slot, row.length), of_draft, atol=1e-5, rtol=1e-5
                     )
                     checked += 1
     assert sorted(number for number, _ in ended) == [number for number, _ in submitted]
