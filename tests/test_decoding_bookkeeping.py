@@ -152,12 +152,8 @@ def test_lengths_and_caches_after_every_round(target, draft, drawn, policy, grap
                 if row is not None and checked < 8:
                     tokens = (row.request.prompt_ids + row.completion.output_ids)[: row.length]
                     of_target, of_draft = fresh_caches(target, draft, tokens)
-                    torch.testing.assert_close(
-                        stored(engine._cache.store, slot, row.length), of_target, atol=1e-5, rtol=1e-5
-                    )
-                    torch.testing.assert_close(
-                        stored(engine.proposer.store, slot, row.length), of_draft, atol=1e-5, rtol=1e-5
-                    )
+                    for store, fresh in ((engine._cache.store, of_target), (engine.proposer.store, of_draft)):
+                        torch.testing.assert_close(stored(store, slot, row.length), fresh, atol=1e-5, rtol=1e-5)
                     checked += 1
     assert sorted(number for number, _ in ended) == [number for number, _ in submitted]
     for number, completion in ended:
