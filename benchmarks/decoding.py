@@ -87,7 +87,7 @@ def ways_to_decode(options: BenchmarkOptions, target: Target, requests: list[Req
         GROWING: Way(lambda: one_by_one(target, draft, requests)),
     }
     for size in batches:
-        lookup = LookupProposer(target.vocab_size, draft.block_size, device=target.device)
+        lookup = LookupProposer(draft.block_size, device=target.device)
         found = ConfidenceThreshold(0.5, draft.block_size)
         ways |= {
             plain(size): Way(engine(options, target, None, requests, size), [GENERATE]),

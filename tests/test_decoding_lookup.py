@@ -14,7 +14,7 @@ from deepspec.decoding.sampling import SamplingSettings
 
 def proposed(rows: list[list[int]], length: int = 3, **options) -> list[list[int | None]]:
     """What follows these tokens; None where nothing is proposed."""
-    proposer = LookupProposer(vocab_size=100, block_size=length, **options)
+    proposer = LookupProposer(block_size=length, **options)
     proposer.allocate(len(rows), 32)
     device = torch.device("cpu")
     known = [row[:-1] for row in rows]
@@ -23,8 +23,7 @@ def proposed(rows: list[list[int]], length: int = 3, **options) -> list[list[int
     anchors, positions = torch.tensor([row[-1] for row in rows]), torch.tensor([len(row) for row in known])
     settings = SamplingSettings.of_requests([Request([1], 1, temperature=1.0)] * len(rows), 100, device)
     proposal = proposer.propose(anchors, positions, int(positions.max()), settings, None, length)
-    assert torch.equal(proposal.probabilities.argmax(-1), proposal.tokens)
-    assert torch.equal(proposal.probabilities.sum(-1), torch.ones(len(rows), length))
+    assert proposal.probabilities is None
     return [
         [token if confidence else None for token, confidence in zip(tokens, confidences, strict=True)]
         for tokens, confidences in zip(proposal.tokens.tolist(), proposal.confidences.tolist(), strict=True)
@@ -63,7 +62,7 @@ def test_greedy_output_is_that_of_plain_decoding(threshold):
     generator = torch.Generator().manual_seed(0)
     requests = [Request(torch.randint(0, 61, (3 + 5 * i,), generator=generator).tolist(), 40 - 3 * i) for i in range(7)]
     plain = SpeculativeEngine(target, slots=3, max_length=128).generate(requests)
-    proposer = LookupProposer(target.vocab_size)
+    proposer = LookupProposer()
     policy = None if threshold is None else ConfidenceThreshold(threshold, proposer.block_size)
     looked_up = SpeculativeEngine(target, proposer, slots=3, max_length=128, policy=policy).generate(requests)
     assert [c.output_ids for c in looked_up] == [c.output_ids for c in plain]

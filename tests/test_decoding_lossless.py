@@ -79,7 +79,7 @@ def test_on_the_fixed_buffers_of_graphs(policy):
 @pytest.mark.parametrize("rule", VERIFICATION_RULES)
 def test_prompt_lookup(rule, threshold):
     policy = None if threshold is None else ConfidenceThreshold(threshold, BLOCK)
-    engine = engine_of(LookupProposer(VOCAB, BLOCK), policy=policy, verification=rule)
+    engine = engine_of(LookupProposer(BLOCK), policy=policy, verification=rule)
     sampling = SAMPLINGS["1.0_top_p"]
     values = p_values(sampled(engine, sampling), sampling)
     assert min(values) > ACCEPTABLE, values

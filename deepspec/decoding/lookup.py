@@ -16,17 +16,16 @@ from deepspec.decoding.sampling import SamplingSettings
 class LookupProposer:
     """Finds the longest n-gram that ends a row's tokens earlier in the same row, the latest such place, and copies on.
 
-    A copied token was drawn from a distribution with all its mass on it. The confidence is 1 where something was found
-    and 0 elsewhere, so a threshold policy verifies nothing in vain.
+    The confidence is 1 where something was found and 0 elsewhere, so a threshold policy verifies nothing in vain.
     """
 
     layer_ids: Sequence[int] = ()
     has_confidences = True
 
-    def __init__(self, vocab_size: int, block_size: int = 7, longest: int = 3, device: torch.device | str = "cpu"):
+    def __init__(self, block_size: int = 7, longest: int = 3, device: torch.device | str = "cpu"):
         """Args: `longest` is the n of the longest n-gram that is looked for."""
         self.block_size = block_size
-        self._vocab_size, self._longest, self._device = vocab_size, longest, device
+        self._longest, self._device = longest, device
         self._tokens = torch.empty(0, 0, dtype=torch.long)  # [slots, columns]
 
     def bytes_per_slot(self, columns: int) -> int:
@@ -59,8 +58,7 @@ class LookupProposer:
         following = best + 1 + torch.arange(length, device=known.device)
         is_known = is_found & (following <= positions[:, None])
         tokens = torch.where(is_known, known.gather(1, following.clamp(max=known.shape[1] - 1)), anchors[:, None])
-        one_hot = None if settings.all_greedy else functional.one_hot(tokens, self._vocab_size).float()
-        return Proposal(tokens, one_hot, is_known.float())
+        return Proposal(tokens, None, is_known.float())
 
     def _matching_run(self, known: Tensor, positions: Tensor) -> Tensor:
         """How many tokens up to each column equal the latest ones, at most `longest`: [rows, columns]"""
