@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+from deepspec.decoding.cache import Span
 from deepspec.decoding.penalties import RepetitionPenalty, penalise, seen_along, seen_in
 
 VOCAB = 12
@@ -61,9 +62,11 @@ def test_a_round_leaves_what_it_kept():
     assert torch.equal(penalty.seen, seen_of([1, 2, 3, 9], [0, 7], [5, 10]))
 
 
-def test_padding_of_a_prompt_is_not_seen():
-    ids = torch.tensor([[3, 4, 3, 5], [6, 0, 0, 0], [0, 1, 0, 0]])
-    assert torch.equal(seen_in(ids, torch.tensor([[4], [1], [2]]), VOCAB), seen_of([3, 4, 5], [6], [0, 1]))
+def test_prompts_of_a_pass_see_their_own_tokens():
+    """Packed prompts become rows in which the shorter ones repeat a token of theirs."""
+    span = Span.of(range(3), [0, 0, 0], [4, 1, 2], torch.device("cpu"))
+    rows = span.to_rows(torch.tensor([3, 4, 3, 5, 6, 0, 1]))
+    assert torch.equal(seen_in(rows, VOCAB), seen_of([3, 4, 5], [6], [0, 1]))
 
 
 def test_rows_without_a_penalty_keep_their_logits_to_the_bit():
