@@ -38,7 +38,7 @@ from deepspec.training.meter import PARTS, Meter, peak_memory
 from deepspec.training.objective import DraftTrainingModule
 
 PLAIN, PADDED, PACKED = "straightforward", "ours, padded", "ours, packed"
-TABLE_WIDTH = 125
+TABLE_WIDTH = 165
 
 
 @dataclass(frozen=True)
