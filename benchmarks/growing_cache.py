@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from deepspec.decoding import Request
+from deepspec.decoding.proposers import draw_block
 from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw, probabilities
 from deepspec.decoding.verification import verify_greedy, verify_tokens
 from deepspec.drafts import DSparkModel
@@ -27,8 +28,10 @@ def decode(target: Target, draft: DSparkModel, request: Request) -> tuple[list[i
     length, rounds = prompt.shape[1], 0
     while len(output) < request.max_new_tokens and not set(output) & set(request.stop_token_ids):
         uniform = stream.draw()
-        tokens, distribution = _draft_block(draft, output[-1], length, context, settings, uniform)
-        ids = torch.cat([torch.tensor([[output[-1]]]), tokens], dim=1)
+        anchors = torch.tensor(output[-1:])
+        hidden = draft.draft_block(anchors, torch.tensor([length]), context)
+        tokens, distribution = draw_block(draft, anchors, hidden, settings, uniform[None])
+        ids = torch.cat([anchors[:, None], tokens], dim=1)
         logits, context = _forward(target, draft, ids, length, cache, context)
         if distribution is None:
             verdict = verify_greedy(tokens, logits.argmax(-1), None)
@@ -64,29 +67,3 @@ def _forward(
             for (old_keys, old_values), (keys, values) in zip(context, new, strict=True)
         ]
     return target.logits(features.final), new
-
-
-def _draft_block(
-    draft: DSparkModel,
-    anchor: int,
-    position: int,
-    context: list[KeyValue],
-    settings: SamplingSettings,
-    uniform: Tensor,
-) -> tuple[Tensor, Tensor | None]:
-    """Tokens [1, slots] and what they were drawn from."""
-    hidden = draft.draft_block(torch.tensor([anchor]), torch.tensor([position]), context)
-    logits, head = draft.base_logits(hidden), draft.markov_head
-    if head is None:
-        return draw(logits, settings, uniform[None, : draft.block_size])
-    previous, drawn_from, state = torch.tensor([[anchor]]), [], head.initial_state(hidden[:, :1])
-    tokens = []
-    for slot in range(draft.block_size):
-        latent, state = head.step(previous, hidden[:, slot : slot + 1], state)
-        biased = logits[:, slot : slot + 1] + head.bias(latent)
-        previous, distribution = draw(biased, settings, uniform[None, slot : slot + 1])
-        tokens.append(previous)
-        drawn_from.append(distribution)
-    if settings.all_greedy:
-        return torch.cat(tokens, dim=1), None
-    return torch.cat(tokens, dim=1), torch.cat([d for d in drawn_from if d is not None], dim=1)

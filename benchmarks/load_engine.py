@@ -47,7 +47,7 @@ class EngineLoad:
         self._target = load_target(target, device=self.device)
         self._draft = load_draft(checkpoint, target=self._target)
         self.block_size = self._draft.block_size
-        self.has_confidences = DSparkProposer(self._draft, self._target).has_confidences
+        self.has_confidences = self._draft.confidence_head is not None
         tokenizer = load_tokenizer(target)
         stops, seeds = stop_tokens(target, None, tokenizer), count()
         self.requests = {

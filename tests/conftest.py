@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,14 @@ from deepspec.training.anchors import supervise
 
 GOLDENS = Path(__file__).parent / "goldens"
 GOLDEN_DRAFTS = ("dspark_vanilla", "dspark_gated", "dspark_rnn", "dflash")
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Starts processes quickly: a clean server imports everything once and forks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspec.training.loop", "data_prep.cache", "training_world", "cache_world"])
+    return context
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import resource
 import shutil
 import signal
@@ -27,14 +26,6 @@ from deepspec.features.cache_storage import STORAGES
 from deepspec.targets import Target, TargetFeatures, load_target
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Starts processes quickly: a clean server imports everything once and forks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.cache", "cache_world"])
-    return context
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import signal
 import time
@@ -44,14 +43,6 @@ CASES = {
         ranks=2, is_cached=True, split=PACKED, deaths=(IN_ACCUMULATION, ("replace", 2))
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Starts training processes quickly: a clean server imports everything once and forks."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["deepspec.training.loop", "training_world"])
-    return context
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,6 @@ class SpeculativeEngine:
         self.block_size = proposer.block_size if proposer else 0
         self.policy = policy or FixedLength(self.block_size, target.device)
         self.timing = Timing()
-        rule = VERIFICATION_RULES[verification]
         self._device = target.device
         check_memory(target, proposer, slots, max_length)
         self._cache = SlotCache(target.config, slots, max_length, target.dtype, self._device)
@@ -82,7 +81,7 @@ class SpeculativeEngine:
             proposer.allocate(slots, max_length)
         self._sizes = ladder(slots)
         self._graphs = Graphs(self._device) if (self._device.type == "cuda" if graphs is None else graphs) else None
-        self._rounds = Rounds(target, proposer, self._cache, self.policy, rule, self._graphs)
+        self._rounds = Rounds(target, proposer, self._cache, self.policy, verification, self._graphs)
         self._settings: SamplingSettings | None = None  # of the active rows; None = they have changed
         self._seen: Tensor | None = None  # bool [slots, vocab], of slots with a repetition penalty; None = no such yet
         self._rows: list[Row | None] = []  # row i lives in slot i; None = free

@@ -62,7 +62,7 @@ class Proposer(Protocol):
         Args:
             anchors: long [rows], each row's last token.
             positions: long [rows], the anchors' positions.
-            columns: the largest of them.
+            columns: the largest of them, or more.
             uniform: float64 [rows, block_size]; None when every row is greedy.
             length: how many tokens of each row, 1..block_size.
         """
@@ -125,13 +125,8 @@ class DSparkProposer:
         slots = range(len(anchors))
         context = [self.store.read(layer, slots, columns) for layer in self._layers]
         hidden = self.draft.draft_block(anchors, positions, context)[:, :length]
-        logits = self.draft.base_logits(hidden)
-        if self.draft.markov_head is None:
-            if settings.penalty:
-                logits = settings.penalty.apply(logits)
-            tokens, distribution = draw(logits, settings, None if uniform is None else uniform[:, :length])
-            return Proposal(tokens, distribution, self._confidences(hidden, None))
-        return self._sequential(anchors, hidden, logits, settings, uniform)
+        tokens, distribution = draw_block(self.draft, anchors, hidden, settings, uniform)
+        return Proposal(tokens, distribution, self._confidences(anchors, hidden, tokens))
 
     def move(self, source: int, destination: int, length: int) -> None:
         self.store.move(source, destination, length)
@@ -139,47 +134,51 @@ class DSparkProposer:
     def clear(self, slot: int) -> None:
         self.store.clear(slot)
 
-    def _sequential(
-        self,
-        anchors: Tensor,
-        hidden: Tensor,
-        logits: Tensor,
-        settings: SamplingSettings,
-        uniform: Tensor | None,
-    ) -> Proposal:
-        """Draw left to right, each token biased by those before it (DSpark section 3.2).
-
-        Args:
-            anchors: [rows]
-            hidden: [rows, slots, hidden]
-            logits: of the backbone alone, [rows, slots, vocab].
-        """
-        head = self.draft.markov_head
-        assert head is not None
-        previous, distributions, penalty = [anchors[:, None]], [], settings.penalty
-        state = head.initial_state(hidden[:, :1])
-        for slot in range(hidden.shape[1]):
-            here = slice(slot, slot + 1)
-            latent, state = head.step(previous[-1], hidden[:, here], state)
-            of_slot = None if uniform is None else uniform[:, here]
-            if settings.is_plain and penalty is None and runs_in_triton(logits, None):
-                token, distribution = _draw_fused(head, logits[:, slot], latent[:, 0], settings, of_slot)
-            else:
-                biased = logits[:, here] + head.bias(latent)
-                token, distribution = draw(penalty.apply(biased) if penalty else biased, settings, of_slot)
-            if penalty:
-                penalty = penalty.after(token)
-            previous.append(token)
-            distributions.append(distribution)
-        tokens = torch.cat(previous, dim=1)  # anchor first
-        confidences = self._confidences(hidden, head.embed(tokens[:, :-1])) if self.has_confidences else None
-        drawn_from = None if settings.all_greedy else torch.cat([d for d in distributions if d is not None], dim=1)
-        return Proposal(tokens[:, 1:], drawn_from, confidences)
-
-    def _confidences(self, hidden: Tensor, embedding: Tensor | None) -> Tensor | None:
+    def _confidences(self, anchors: Tensor, hidden: Tensor, tokens: Tensor) -> Tensor | None:
         if self.draft.confidence_head is None:
             return None
+        embedding = None
+        if self.draft.markov_head is not None:
+            embedding = self.draft.markov_head.embed(torch.cat([anchors[:, None], tokens[:, :-1]], dim=1))
         return self.draft.confidence_head(hidden, embedding).float().sigmoid()
+
+
+def draw_block(
+    draft: DSparkModel, anchors: Tensor, hidden: Tensor, settings: SamplingSettings, uniform: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Draw the tokens of a block: left to right, each biased by those before it, if the draft has a sequential head
+    (DSpark section 3.2); else all at once.
+
+    Args:
+        anchors: long [rows]
+        hidden: [rows, slots, hidden], the backbone's output.
+        uniform: float64 [rows, at least slots]; None when every row is greedy.
+
+    Returns:
+        Tokens [rows, slots] and what they were drawn from, [rows, slots, vocab]; None when every row is greedy.
+    """
+    logits, head, penalty, slots = draft.base_logits(hidden), draft.markov_head, settings.penalty, hidden.shape[1]
+    if head is None:
+        uniform = None if uniform is None else uniform[:, :slots]
+        return draw(penalty.apply(logits) if penalty else logits, settings, uniform)
+    is_fused = settings.is_plain and penalty is None and runs_in_triton(logits, None)
+    token, tokens, distributions = anchors[:, None], [], []
+    state = head.initial_state(hidden[:, :1])
+    for slot in range(slots):
+        here = slice(slot, slot + 1)
+        latent, state = head.step(token, hidden[:, here], state)
+        of_slot = None if uniform is None else uniform[:, here]
+        if is_fused:
+            token, distribution = _draw_fused(head, logits[:, slot], latent[:, 0], settings, of_slot)
+        else:
+            biased = logits[:, here] + head.bias(latent)
+            token, distribution = draw(penalty.apply(biased) if penalty else biased, settings, of_slot)
+        if penalty:
+            penalty = penalty.after(token)
+        tokens.append(token)
+        distributions.append(distribution)
+    drawn_from = None if settings.all_greedy else torch.cat([d for d in distributions if d is not None], dim=1)
+    return torch.cat(tokens, dim=1), drawn_from
 
 
 def _draw_fused(

@@ -16,7 +16,7 @@ from deepspec.decoding.passes import target_pass
 from deepspec.decoding.policies import Policy
 from deepspec.decoding.proposers import Proposal, Proposer
 from deepspec.decoding.sampling import SamplingSettings, draw, probabilities
-from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, VerificationRule, verify_greedy
+from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, verify_greedy
 from deepspec.kernels.dispatch import runs_in_triton
 from deepspec.kernels.rejection import verify_logits
 from deepspec.targets import Target
@@ -71,7 +71,7 @@ class Rounds:
         proposer: Proposer | None,
         cache: SlotCache,
         policy: Policy,
-        rule: VerificationRule,
+        rule: str,
         graphs: Graphs | None,
     ):
         self.target, self.proposer, self.cache = target, proposer, cache
@@ -188,13 +188,13 @@ class Rounds:
         else:
             distribution = proposal.probabilities[:, :drafted]
         next_uniform = uniform[:, -1]
-        name = next((name for name, rule in VERIFICATION_RULES.items() if rule is self.rule), None)
-        if name and settings.is_plain and runs_in_triton(logits, None):
+        if settings.is_plain and runs_in_triton(logits, None):
             packed, temperatures = logits.flatten(0, 1), settings.temperatures
             return verify_logits(
-                name, tokens, distribution, packed, temperatures, proposed, accept_uniform, next_uniform
+                self.rule, tokens, distribution, packed, temperatures, proposed, accept_uniform, next_uniform
             )
-        return self.rule(tokens, distribution, probabilities(logits, settings), proposed, accept_uniform, next_uniform)
+        target = probabilities(logits, settings)
+        return VERIFICATION_RULES[self.rule](tokens, distribution, target, proposed, accept_uniform, next_uniform)
 
     def _run(
         self, batch: Batch, key: tuple[Hashable, ...], function: Callable[..., Tensors], inputs: Tensors

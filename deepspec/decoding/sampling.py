@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class SamplingSettings:
         """Whether a distribution is softmax(logits / temperature), or one-hot, and no more."""
         return not (self.any_truncated or self.any_min_p)
 
-    @property
+    @cached_property
     def temperatures(self) -> Tensor:
         """float32 [rows], 0 where greedy."""
         return self.temperature.masked_fill(self.greedy, 0.0).flatten()

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError, EvalRun
 from deepspec.data.jsonl import DataError
 from deepspec.decoding.calibration import load_calibration
-from deepspec.decoding.policies import SCHEDULERS, Policy, PolicySetup, build_policy
+from deepspec.decoding.policies import SCHEDULERS, PolicySetup, build_policy
 from deepspec.decoding.sps import SPS_FILE, SpsTable, load_table
 from deepspec.drafts.configuration import DraftSettings
 from deepspec.drafts.loading import find_draft_folder, read_draft_config
@@ -49,6 +48,7 @@ class Plan:
     draft_config: PreTrainedConfig
     draft_settings: DraftSettings
     draft_weights: dict[str, str]  # file -> sha256
+    policy_setup: PolicySetup  # on the CPU
     tokenizer: PreTrainedTokenizerBase
     prompts: dict[str, list[Prompt]]
     chunks: list[Chunk]
@@ -62,9 +62,10 @@ def make_plan(config: EvalRun) -> Plan:
     """Read the draft's config, the tokenizer and the prompt sets.
 
     Raises:
-        ConfigError: an unknown set, no set at all, or prompts that do not fit `decode.max_length`.
-        DataError: a damaged set, or a prompt that does not fit the target.
-        FileNotFoundError: no such draft or target.
+        ConfigError: an unknown set, no set at all, prompts that do not fit `decode.max_length`, or a policy that cannot
+            work, see `build_policy`.
+        DataError: a damaged set, SPS table or calibration, or a prompt that does not fit the target.
+        FileNotFoundError: no such draft, target or SPS table.
     """
     if not config.eval.sets:
         raise ConfigError("eval.sets=[]: name at least one prompt set")
@@ -76,7 +77,8 @@ def make_plan(config: EvalRun) -> Plan:
     folder = find_draft_folder(config.checkpoint)
     draft_config = read_draft_config(folder)
     settings = DraftSettings.of(draft_config)
-    policy_for(config, settings, folder, torch.device("cpu"))  # or refuse
+    setup = _policy_setup(config, settings, folder)
+    build_policy(config.decode.policy, setup)  # or refuse
     prompts = {
         name: load_set(
             name,
@@ -102,12 +104,13 @@ def make_plan(config: EvalRun) -> Plan:
     ]
     weights = {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
     stops = stop_tokens(target.path, target.revision, tokenizer)
-    decoding = _decoding_settings(config, folder, settings.block_size)
+    decoding = _decoding_settings(config, setup)
     return Plan(
         folder,
         draft_config,
         settings,
         weights,
+        setup,
         tokenizer,
         prompts,
         chunks,
@@ -118,7 +121,7 @@ def make_plan(config: EvalRun) -> Plan:
     )
 
 
-def sps_table(config: EvalRun, draft_folder: Path) -> SpsTable | None:
+def _sps_table(config: EvalRun, draft_folder: Path) -> SpsTable | None:
     """The table that `decode.sps` names, else the one that was measured beside the draft; None if no policy asks."""
     if config.decode.policy not in SCHEDULERS:
         return None
@@ -127,24 +130,22 @@ def sps_table(config: EvalRun, draft_folder: Path) -> SpsTable | None:
     return load_table(name) if name else None
 
 
-def policy_for(config: EvalRun, settings: DraftSettings, draft_folder: Path, device: torch.device) -> Policy:
-    """The verification policy that `decode` asks for, with the calibration that lies beside the draft, if any.
+def _policy_setup(config: EvalRun, settings: DraftSettings, draft_folder: Path) -> PolicySetup:
+    """What `decode.policy` is built from, with the calibration that lies beside the draft, if any.
 
     Raises:
-        ConfigError, DataError, FileNotFoundError: see `build_policy`, `load_table` and `load_calibration`.
+        DataError, FileNotFoundError: see `load_table` and `load_calibration`.
     """
     decode = config.decode
-    setup = PolicySetup(
+    return PolicySetup(
         block_size=settings.block_size,
         rows=decode.batch_size,
         has_confidences=settings.confidence_head,
-        device=device,
         draft_tokens=decode.draft_tokens,
         confidence_threshold=decode.confidence_threshold,
-        sps=sps_table(config, draft_folder),
+        sps=_sps_table(config, draft_folder),
         temperatures=load_calibration(draft_folder, settings.block_size),
     )
-    return build_policy(decode.policy, setup)
 
 
 def new_tokens(prompt: Prompt, max_new_tokens: int, positions: int) -> int:
@@ -166,14 +167,12 @@ def _slot_length(config: EvalRun, prompts: dict[str, list[Prompt]], positions: i
     return given or needed
 
 
-def _decoding_settings(config: EvalRun, draft_folder: Path, block_size: int) -> dict[str, Any]:
+def _decoding_settings(config: EvalRun, setup: PolicySetup) -> dict[str, Any]:
     """All that the decoding depends on, the contents of the files that it names included."""
-    decode = config.decode
-    settings = {name: value for name, value in asdict(decode).items() if name != "max_length"}
-    table = sps_table(config, draft_folder)
-    settings["sps"] = table and asdict(table)
-    if decode.policy != "fixed":
-        settings["temperatures"] = load_calibration(draft_folder, block_size)
+    settings = {name: value for name, value in asdict(config.decode).items() if name != "max_length"}
+    settings["sps"] = setup.sps and asdict(setup.sps)
+    if config.decode.policy != "fixed":
+        settings["temperatures"] = setup.temperatures
     return settings
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from deepspec.decoding import Completion, Round
+from deepspec.decoding.recorded_rounds import ROUNDS_FILE
 from deepspec.files import write_atomically
 
-ROUNDS_FILE = "rounds.jsonl"
 Key: TypeAlias = tuple[str, float, int, str]
 
 

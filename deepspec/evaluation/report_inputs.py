@@ -9,7 +9,8 @@ from typing import Any
 
 from deepspec.config import ConfigError
 from deepspec.data.jsonl import DataError, read_jsonl
-from deepspec.evaluation.summary import METRICS_FILE, SAMPLES_FILE
+from deepspec.decoding.recorded_rounds import METRICS_FILE
+from deepspec.evaluation.summary import SAMPLES_FILE
 
 TRAINING_FILE = "metrics.jsonl"
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,15 @@ from rich.console import Console
 
 from deepspec.config import EvalRun, flatten
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+from deepspec.decoding.policies import build_policy
+from deepspec.decoding.recorded_rounds import METRICS_FILE
 from deepspec.drafts import load_draft
 from deepspec.environment import command_line, machine, versions
-from deepspec.evaluation.plan import Chunk, Plan, make_plan, new_tokens, policy_for
+from deepspec.evaluation.plan import Chunk, Plan, make_plan, new_tokens
 from deepspec.evaluation.progress import EvaluationProgress, make_console
 from deepspec.evaluation.records import Decoding, Key, Record, RecordStore
 from deepspec.evaluation.sets import Prompt
-from deepspec.evaluation.summary import METRICS_FILE, print_table, results_of, samples_of, write_results
+from deepspec.evaluation.summary import print_table, results_of, samples_of, write_results
 from deepspec.ranks import check_ranks, launched_ranks, runs_on_cpu
 from deepspec.targets import load_target
 
@@ -194,7 +196,7 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
         DSparkProposer(draft, target),
         slots=config.decode.batch_size,
         max_length=plan.max_length,
-        policy=policy_for(config, plan.draft_settings, plan.draft_folder, device),
+        policy=build_policy(config.decode.policy, replace(plan.policy_setup, device=device)),
         verification=config.decode.verification,
         decode=text_of,
     )

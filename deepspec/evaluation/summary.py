@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepspec.decoding import Completion
+from deepspec.decoding.recorded_rounds import METRICS_FILE
 from deepspec.evaluation.records import Record
 from deepspec.evaluation.sets import Prompt
 from deepspec.evaluation.statistics import (
@@ -29,7 +30,7 @@ from deepspec.evaluation.statistics import (
 )
 from deepspec.files import write_atomically
 
-METRICS_FILE, SAMPLES_FILE = "metrics.json", "samples.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 SAMPLES_PER_SET = 3
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspec.decoding.recorded_rounds import METRICS_FILE
 from deepspec.evaluation.statistics import Estimate
-from deepspec.evaluation.summary import METRICS_FILE, SAMPLES_FILE
+from deepspec.evaluation.summary import SAMPLES_FILE
 from deepspec.files import sha256_of
 from deepspec.publishing.source import DraftSource, PublishError
 
