@@ -12,7 +12,6 @@ its tokens, or nothing where other machines read prompts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,7 +96,7 @@ class ModelServer:
     def __init__(self, table: SpsTable, policy: Policy, slots: int, *, prompt_tokens: int = 0, seed: int = 0):
         """
         Args:
-            policy: `maximum` 0 = plain decoding, which does not draft.
+            policy: where nothing is to be drafted, a round is plain.
             prompt_tokens: of each request; 0 = other machines read the prompts.
             seed: request n goes through its recorded rounds in an order that depends on the seed and n alone.
         """
@@ -142,18 +141,15 @@ class ModelServer:
     def _round(self) -> float:
         rows = self._rows
         drawn = [row.order[len(row.completion.rounds)] for row in rows]
-        lengths = self._lengths([row.answer.confidences[at] for row, at in zip(rows, drawn, strict=True)])
+        drafted = self._policy.to_draft(len(rows))
+        lengths = [0] * len(rows)
+        if drafted:
+            confidences = np.stack([row.answer.confidences[at] for row, at in zip(rows, drawn, strict=True)])
+            lengths = self._policy.lengths(torch.from_numpy(confidences)[:, :drafted], len(rows)).tolist()
         for row, at, length in zip(rows, drawn, lengths, strict=True):
             accepted = min(int(row.answer.accepted[at]), length)
             emitted = min(accepted + 1, row.answer.tokens - len(row.completion.output_ids))
             row.completion.rounds.append(Round(length, accepted, emitted, None))
             row.emit(emitted)
         self.passes += 1
-        drafting = self._policy.maximum > 0
-        return float(self._table.round_seconds(len(rows) + sum(lengths), len(rows), drafting=drafting))
-
-    def _lengths(self, confidences: Sequence[Floats]) -> list[int]:
-        if self._policy.maximum == 0:
-            return [0] * len(confidences)
-        drafted = torch.from_numpy(np.stack(confidences))[:, : self._policy.maximum]
-        return self._policy.lengths(drafted, len(confidences)).tolist()
+        return float(self._table.round_seconds(len(rows) + sum(lengths), len(rows), drafting=drafted > 0))

@@ -17,6 +17,7 @@ from lossless_world import (
     REQUESTS,
     TOKENS,
     VOCAB,
+    Opinionated,
     engine_of,
     engine_with,
     p_values,
@@ -26,7 +27,8 @@ from lossless_world import (
 )
 
 from deepspec.decoding import DSparkProposer, LookupProposer, Request
-from deepspec.decoding.policies import ConfidenceThreshold
+from deepspec.decoding.policies import ConfidenceThreshold, Pausing, PolicySetup, build_policy
+from deepspec.decoding.sps import SpsTable
 from deepspec.decoding.verification import VERIFICATION_RULES
 
 SAMPLINGS = {"0.7": {"temperature": 0.7}, "1.0_top_p": {"temperature": 1.0, "top_p": 0.9}}
@@ -73,6 +75,21 @@ def test_on_the_fixed_buffers_of_graphs(policy):
     values = p_values(completions[100:], sampling)
     assert min(values) > ACCEPTABLE, values
     assert len({tuple(completion.output_ids) for completion in completions[:100]}) == 1
+
+
+def test_pauses_that_hang_on_the_last_round(monkeypatch):
+    """A few rows and no running mean: whether a round drafts is then what the tokens before it have made of it."""
+    monkeypatch.setattr(Pausing, "MEMORY", 0.0)
+    table = SpsTable([1, 12], [1.0, 0.9], [4], [1.0])
+    setup = PolicySetup(BLOCK, 4, has_confidences=True, sps=table)
+    proposer = Opinionated(tiny_draft(), tiny_target())
+    engine = engine_of(proposer, slots=4, policy=build_policy("prefix", setup))
+    sampling = {"temperature": 1.0}
+    completions = sampled(engine, sampling)
+    values = p_values(completions, sampling)
+    assert min(values) > ACCEPTABLE, values
+    plain = [r.confidences is None for completion in completions for r in completion.rounds]
+    assert 0.2 < sum(plain) / len(plain) < 0.8
 
 
 @pytest.mark.parametrize("threshold", [None, 0.5])

@@ -17,6 +17,7 @@ from deepspec.decoding.policies import (
     Calibrated,
     ConfidenceThreshold,
     FixedLength,
+    Pausing,
     PolicySetup,
     PrefixScheduler,
     build_policy,
@@ -248,6 +249,65 @@ def test_a_fixed_length_needs_no_confidences(draft_tokens, expected):
     assert policy.maximum == expected
     assert policy.known_total(3) == 3 * expected
     assert policy.lengths(None, 3).tolist() == [expected] * 3
+
+
+class PlainCost(GivenCost):
+    """A plain round takes a second for each row."""
+
+    def plain_seconds(self, rows: int) -> float:
+        return float(rows)
+
+
+def pausing(draft_seconds: float) -> Pausing:
+    """Two slots; a round takes a second per row more for drafting, and a verified token nothing."""
+    cost = PlainCost([1 + draft_seconds] * 3)
+    return Pausing(FixedLength(2), cost)
+
+
+def rounds_of(policy: Pausing, confidences: list[float | None]) -> str:
+    """Of one row whose drafts would have these confidences: d where it drafts, p where the round is plain."""
+    made = ""
+    for confidence in confidences:
+        drafts = policy.to_draft(1) > 0
+        made += "d" if drafts else "p"
+        if drafts:
+            policy.lengths(torch.full((1, 2), confidence), 1)
+    return made
+
+
+def test_a_policy_pauses_while_drafts_do_not_pay():
+    assert rounds_of(pausing(1.0), [1.0] * 20) == "d" * 20  # three tokens in two seconds
+    pauses = [1, 2, 4, 8, 16, 16]
+    expected = "".join("d" + "p" * pause for pause in pauses)
+    assert rounds_of(pausing(1.0), [0.1] * len(expected)) == expected
+    assert pausing(1.0).to_draft(1) == 2
+
+
+def test_a_pause_ends_when_drafts_pay_again():
+    policy = pausing(1.0)
+    assert rounds_of(policy, [0.1] * 11) == "dpdppdppppd"
+    assert rounds_of(policy, [1.0] * 30) == "p" * 8 + "d" * 22
+    policy.reset()
+    assert rounds_of(policy, [0.1] * 4) == "dpdp"
+
+
+def test_one_round_that_does_not_pay_is_not_enough():
+    """0.75 of the mean of earlier rounds, 1.5, and 0.25 of 0.5 are above 1."""
+    policy = pausing(1.0)
+    assert rounds_of(policy, [1.0, 0.0, 1.0, 1.0]) == "dddd"
+    assert rounds_of(policy, [0.0, 0.0, 0.0]) == "ddp"
+
+
+@pytest.mark.parametrize("name", ["prefix", "asynchronous"])
+def test_a_scheduler_pauses_where_the_table_knows_what_drafting_takes(name):
+    assert not isinstance(build_policy(name, setup()), Pausing)
+    costly = SpsTable([1, 64], [100.0, 100.0], [1, 8], [0.02, 0.02])
+    policy = build_policy(name, setup(sps=costly, temperatures=[1.0] * 5))
+    assert policy.to_draft(2) == 5
+    policy.lengths(torch.full((2, 5), 0.5), 2)  # 4 tokens in 0.03 s, plain 2 in 0.01 s
+    assert policy.to_draft(2) == 0
+    policy.reset()
+    assert policy.to_draft(2) == 5
 
 
 def test_calibration_divides_the_logits():

@@ -8,6 +8,9 @@ asynchronous  the scheduler without waiting: confidences two rounds old say how 
 
 All leave the output distribution as it is; `deepspec.decoding.scheduling` says why. Rows that get 0 places still emit
 the one token that the pass of the target gives them.
+
+The paper's schedulers draft in every round. Where the SPS table says what drafting takes, `Pausing` also leaves out
+drafts that would not pay, so that speculation never falls far behind plain decoding.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor
 
 from deepspec.config import ConfigError, near_match
-from deepspec.decoding.scheduling import Ranking, RoundCost, best_places, places_until_first_drop
+from deepspec.decoding.scheduling import Ranking, RoundCost, best_places, places_until_first_drop, survivals
 from deepspec.decoding.sps import SpsTable
 
 
@@ -34,6 +37,13 @@ class Policy(Protocol):
     def reset(self) -> None:
         """Forget earlier rounds."""
         return None
+
+    def to_draft(self, rows: int) -> int:
+        """How many tokens of each row to draft in the next round; to be called once a round, before all else.
+
+        Without any, the round is plain and `lengths` is not called.
+        """
+        return self.maximum
 
     def known_total(self, rows: int) -> int | None:
         """What the next round's lengths add up to, where the host knows it before the draft; else None."""
@@ -128,6 +138,56 @@ class AsynchronousScheduler(Policy):
         return everything if len(self._places) < self.DELAY else min(self._places[0].read(), everything)
 
 
+class Pausing(Policy):
+    """A scheduler that decodes plainly for a while when its drafts have not paid lately.
+
+    A drafting round is worth (expected tokens per second) / (those of a plain round). When the running mean of that
+    is not above 1, rounds are plain: 1, then 2, 4, 8, 16, and after each pause a drafting round starts a new mean. What
+    a round does depends on earlier rounds alone, so the output distribution is that of the scheduler.
+    """
+
+    LONGEST = 16  # rounds without a draft
+    MEMORY = 0.75  # of the running mean, a round
+
+    def __init__(self, policy: Policy, cost: RoundCost):
+        self.policy, self.maximum = policy, policy.maximum
+        self._cost = cost
+        self._forget()
+
+    def _forget(self) -> None:
+        self._worth: Tensor | None = None  # running mean since the last pause
+        self._news: _OnItsWay | None = None  # whether it is above 1, of the last round if that drafted
+        self._pause = self._left = 0  # rounds
+
+    def reset(self) -> None:
+        self._forget()
+        self.policy.reset()
+
+    def to_draft(self, rows: int) -> int:
+        if self._news is not None:
+            pays, self._news = self._news.read(), None
+            if not pays:
+                self._worth = None
+            self._pause = self._left = 0 if pays else min(max(1, 2 * self._pause), self.LONGEST)
+        self._left -= 1
+        return self.policy.to_draft(rows) if self._left < 0 else 0
+
+    def known_total(self, rows: int) -> int | None:
+        return self.policy.known_total(rows)
+
+    def lengths(self, confidences: Tensor | None, rows: int) -> Tensor:
+        assert confidences is not None
+        lengths = self.policy.lengths(confidences, rows)
+        slots = confidences.shape[1]
+        verified = torch.arange(slots, device=lengths.device) < lengths[:, None]
+        expected = rows + (survivals(confidences) * verified).sum()
+        seconds = self._cost.seconds(rows, slots).take(lengths.sum())
+        worth = expected / seconds / (rows / self._cost.plain_seconds(rows))
+        self._worth = worth if self._worth is None else self.MEMORY * self._worth + (1 - self.MEMORY) * worth
+        self._news = _OnItsWay(self._worth > 1)
+        return lengths
+
+
 class _OnItsWay:
     """A number that the device is computing, copied to the host without waiting for it."""
 
@@ -155,6 +215,9 @@ class Calibrated(Policy):
     def reset(self) -> None:
         self.policy.reset()
 
+    def to_draft(self, rows: int) -> int:
+        return self.policy.to_draft(rows)
+
     def known_total(self, rows: int) -> int | None:
         return self.policy.known_total(rows)
 
@@ -181,13 +244,16 @@ class PolicySetup:
     sps: SpsTable | None = None  # prefix, asynchronous
     temperatures: Sequence[float] | None = None  # T_k of the calibration, one per slot; None = confidences as they are
 
-    def cost(self, name: str) -> RoundCost:
+    def scheduler(self, name: str, make: Callable[[RoundCost, int], Policy]) -> Policy:
+        """Pausing where it is known what drafting takes."""
         if self.sps is None:
             raise ConfigError(
                 f"decode.policy={name}: needs an SPS table; measure one with python -m deepspec.decoding.profile and "
                 "name it with decode.sps"
             )
-        return RoundCost(self.sps, self.rows, self.block_size, self.device)
+        cost = RoundCost(self.sps, self.rows, self.block_size, self.device)
+        policy = make(cost, self.block_size)
+        return Pausing(policy, cost) if self.sps.draft_seconds else policy
 
 
 def _fixed(setup: PolicySetup) -> Policy:
@@ -203,11 +269,11 @@ def _threshold(setup: PolicySetup) -> Policy:
 
 
 def _prefix(setup: PolicySetup) -> Policy:
-    return PrefixScheduler(setup.cost("prefix"), setup.block_size)
+    return setup.scheduler("prefix", PrefixScheduler)
 
 
 def _asynchronous(setup: PolicySetup) -> Policy:
-    return AsynchronousScheduler(setup.cost("asynchronous"), setup.block_size)
+    return setup.scheduler("asynchronous", AsynchronousScheduler)
 
 
 SCHEDULERS = ("prefix", "asynchronous")  # the policies that read an SPS table

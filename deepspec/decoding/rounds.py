@@ -79,8 +79,9 @@ class Rounds:
         self.block_size = proposer.block_size if proposer else 0
 
     def draft(self, batch: Batch) -> Proposal | None:
-        """A proposal for every row; None where nothing is ever proposed."""
-        proposer, length = self.proposer, min(self.policy.maximum, self.block_size)
+        """A proposal for every row; None where nothing is proposed."""
+        proposer = self.proposer
+        length = min(self.policy.to_draft(batch.rows), self.block_size)
         if proposer is None or length == 0:
             return None
         columns = batch.end if self.graphs else max(batch.starts)

@@ -91,7 +91,12 @@ class RoundCost:
         sizes = np.arange(rows * (block_size + 1) + 1)
         self._pass = torch.as_tensor(table.pass_seconds(sizes), device=device)
         self._beside = table.beside_seconds(sizes[: rows + 1]).tolist()
+        self._plain = table.round_seconds(sizes[: rows + 1], sizes[: rows + 1], drafting=False).tolist()
 
     def seconds(self, rows: int, slots: int) -> Tensor:
         """Of a round that verifies n = 0..rows * slots drafted tokens: float64 [rows * slots + 1]."""
         return self._pass[rows : rows * (slots + 1) + 1] + self._beside[rows]
+
+    def plain_seconds(self, rows: int) -> float:
+        """Of a round that does not draft."""
+        return self._plain[rows]
