@@ -3,16 +3,17 @@
     python -m benchmarks.decoding checkpoint=outputs/demo/smoke [repeats=5] [prompts=8] [max_new_tokens=96]
 
 Each repeat decodes the same prompts in every way, one after the other, so a slow spell of the machine hits all of them;
-ratios are taken within a repeat. Printed and written as JSON: median, smallest and largest tokens/s and ratios, tokens
-per round (tau), how long the parts of a round take, and what the sequential head adds to a round.
+ratios are taken within a repeat. At batch 1 each prompt set is also decoded alone, since a mix counts most what takes
+most rounds. Printed and written as JSON: median, smallest and largest tokens/s and ratios, tokens per round (tau), how
+long the parts of a round take, and what the sequential head adds to a round of the largest batch.
 """
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -21,12 +22,16 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import growing_cache
+from benchmarks.head_cost import head_share
 from benchmarks.summary import spread, summary, write_record
 from deepspec import load_draft
 from deepspec.arguments import run_command
 from deepspec.decoding import DSparkProposer, LookupProposer, Proposer, Request, SpeculativeEngine, Timing
-from deepspec.decoding.policies import ConfidenceThreshold
+from deepspec.decoding.calibration import load_calibration
+from deepspec.decoding.policies import ConfidenceThreshold, Policy, PolicySetup, build_policy
+from deepspec.decoding.sps import load_table
 from deepspec.drafts import DSparkModel
+from deepspec.drafts.loading import find_draft_folder
 from deepspec.evaluation.plan import stop_tokens
 from deepspec.evaluation.sets import load_set
 from deepspec.targets import Target, load_target, load_tokenizer
@@ -34,7 +39,6 @@ from deepspec.targets import Target, load_target, load_tokenizer
 TABLE_WIDTH = 150
 GENERATE, LOOKUP = "transformers generate", "transformers prompt lookup"
 GROWING = "one prompt, growing cache"
-WITHOUT_HEAD = "without the sequential head, batch {}"
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,6 @@ class Run:
     rounds: int = 0  # of single rows
     emitted: int = 0  # by these rounds
     timing: Timing | None = None
-
-    @property
-    def round_ms(self) -> float:
-        assert self.timing is not None
-        return 1e3 * (self.timing.draft + self.timing.verify) / self.timing.rounds
 
 
 @dataclass(frozen=True)
@@ -74,19 +73,21 @@ class BenchmarkOptions:
     temperature: float = 1.0
     batches: str = "1,8,16,32"
     verification: str = "token"  # token or block
+    sps: str | None = None  # table of this machine, for the asynchronous scheduler; null = leave that out
     repeats: int = 5  # counted; one more goes first as a warm-up
     output: str = "outputs/benchmarks/decoding.json"
 
 
-def ways_to_decode(options: BenchmarkOptions, target: Target, requests: list[Request]) -> dict[str, Way]:
-    draft = load_draft(options.checkpoint, target=target)
-    batches = [int(size) for size in options.batches.split(",")]
+def ways_to_decode(
+    options: BenchmarkOptions, target: Target, draft: DSparkModel, sets: dict[str, list[Request]]
+) -> dict[str, Way]:
+    requests = [request for of_set in sets.values() for request in of_set]
     ways = {
         GENERATE: Way(lambda: generate(options, target, requests)),
         LOOKUP: Way(lambda: generate(options, target, requests, prompt_lookup_num_tokens=draft.block_size)),
         GROWING: Way(lambda: one_by_one(target, draft, requests)),
     }
-    for size in batches:
+    for size in sizes_of(options):
         lookup = LookupProposer(draft.block_size, device=target.device)
         found = ConfidenceThreshold(0.5, draft.block_size)
         ways |= {
@@ -98,13 +99,23 @@ def ways_to_decode(options: BenchmarkOptions, target: Target, requests: list[Req
                 engine(options, target, DSparkProposer(draft, target), requests, size), [plain(size), GROWING]
             ),
         }
-    if draft.markov_head is not None:
-        largest = max(batches)
-        headless = copy.copy(draft)
-        headless._modules = draft._modules | {"markov_head": None, "confidence_head": None}
-        ways[WITHOUT_HEAD.format(largest)] = Way(
-            engine(options, target, DSparkProposer(headless, target), requests, largest)
+        if options.sps:
+            policy = scheduler_of(options, draft, size, target.device)
+            ways[scheduled(size)] = Way(
+                engine(options, target, DSparkProposer(draft, target), requests, size, policy=policy),
+                [plain(size), GROWING],
+            )
+    for name, of_set in sets.items():
+        alone = f"{plain(1)}, {name}"
+        ways[alone] = Way(engine(options, target, None, of_set, 1))
+        ways[f"{speculative(1)}, {name}"] = Way(
+            engine(options, target, DSparkProposer(draft, target), of_set, 1), [alone]
         )
+        if options.sps:
+            policy = scheduler_of(options, draft, 1, target.device)
+            ways[f"{scheduled(1)}, {name}"] = Way(
+                engine(options, target, DSparkProposer(draft, target), of_set, 1, policy=policy), [alone]
+            )
     return ways
 
 
@@ -114,6 +125,28 @@ def plain(batch: int) -> str:
 
 def speculative(batch: int) -> str:
     return f"speculative, batch {batch}"
+
+
+def scheduled(batch: int) -> str:
+    return f"asynchronous scheduler, batch {batch}"
+
+
+def sizes_of(options: BenchmarkOptions) -> list[int]:
+    return [int(size) for size in options.batches.split(",")]
+
+
+def scheduler_of(options: BenchmarkOptions, draft: DSparkModel, rows: int, device: torch.device) -> Policy:
+    assert options.sps is not None
+    temperatures = load_calibration(find_draft_folder(options.checkpoint), draft.block_size)
+    setup = PolicySetup(
+        draft.block_size,
+        rows,
+        draft.confidence_head is not None,
+        device,
+        sps=load_table(options.sps),
+        temperatures=temperatures,
+    )
+    return build_policy("asynchronous", setup)
 
 
 def engine(
@@ -205,16 +238,6 @@ def result_of(runs: list[Run], others: dict[str, list[Run]]) -> dict[str, Any]:
     return result
 
 
-def head_share(runs: dict[str, list[Run]], batches: str) -> dict[str, float] | None:
-    """What the sequential and the confidence head add to a round at the largest batch, as a share of the round."""
-    largest = max(int(size) for size in batches.split(","))
-    without = runs.get(WITHOUT_HEAD.format(largest))
-    if without is None:
-        return None
-    pairs = zip(runs[speculative(largest)], without, strict=True)
-    return summary([a.round_ms / b.round_ms - 1 for a, b in pairs])
-
-
 def table_of(results: dict[str, dict[str, Any]]) -> Table:
     table = Table()
     for column in ("decoded with", "tokens/s", "compared with", "ratio", "tau", "draft + verify, ms"):
@@ -239,21 +262,27 @@ def main(options: BenchmarkOptions) -> None:
     target = load_target(options.target, device=torch.device(device))
     tokenizer = load_tokenizer(options.target)
     stops = stop_tokens(options.target, None, tokenizer)
-    names = options.sets.split(",")
-    prompts = [p for name in names for p in load_set(name, options.prompts_dir, tokenizer, limit=options.prompts)]
-    requests = [
-        Request(prompt.ids, options.max_new_tokens, options.temperature, seed=index, stop_token_ids=stops)
-        for index, prompt in enumerate(prompts)
-    ]
-    ways = ways_to_decode(options, target, requests)
+    draft, seeds = load_draft(options.checkpoint, target=target), count()
+    sets = {
+        name: [
+            Request(prompt.ids, options.max_new_tokens, options.temperature, seed=next(seeds), stop_token_ids=stops)
+            for prompt in load_set(name, options.prompts_dir, tokenizer, limit=options.prompts)
+        ]
+        for name in options.sets.split(",")
+    }
+    ways = ways_to_decode(options, target, draft, sets)
     runs = measure(ways, options.repeats)
     results = {name: result_of(runs[name], {o: runs[o] for o in way.against}) for name, way in ways.items()}
     Console(width=max(Console().width, TABLE_WIDTH)).print(table_of(results))
-    share = head_share(runs, options.batches)
-    if share:
+    share, largest = None, max(sizes_of(options))
+    if draft.markov_head is not None:
+        share = head_share(
+            target, draft, [request for of_set in sets.values() for request in of_set], largest, options.repeats
+        )
         percent = spread({name: 100 * value for name, value in share.items()}, 1)
-        print(f"the sequential and the confidence head add {percent}% to a round")
-    write_record(options.output, results, options, requests=len(requests), head_share=share)
+        print(f"the sequential and the confidence head add {percent}% to a round of batch {largest}")
+    requests = {name: len(of_set) for name, of_set in sets.items()}
+    write_record(options.output, results, options, requests=requests, head_share=share)
 
 
 if __name__ == "__main__":
