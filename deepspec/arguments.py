@@ -13,10 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 from deepspec.checkpoints import CheckpointError
 from deepspec.config import ConfigError, near_match
 from deepspec.data.jsonl import DataError
+from deepspec.ranks import LostRankError
 
 Options = TypeVar("Options")
-# What a command answers with its message alone, without a traceback.
-USER_MISTAKES = (ConfigError, DataError, CheckpointError, FileNotFoundError)
+# What a command answers with its message alone, without a traceback: the message says what to do.
+USER_MISTAKES = (ConfigError, DataError, CheckpointError, FileNotFoundError, LostRankError)
 
 
 def parse_arguments(schema: type[Options], arguments: Sequence[str] | None = None) -> Options:

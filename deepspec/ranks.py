@@ -49,9 +49,14 @@ def check_ranks(seen: int) -> None:
         )
 
 
+class LostRankError(RuntimeError):
+    """Another rank died or stopped answering."""
+
+
 LOST_RANK = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "socket")
 
 
 def tells_of_lost_rank(error: Exception) -> bool:
     """Whether a failed collective says that another rank died or no longer answers (gloo, NCCL, their store)."""
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in LOST_RANK)
+    of_torch = type(error) is RuntimeError or isinstance(error, torch.distributed.DistError)
+    return of_torch and any(sign in str(error).lower() for sign in LOST_RANK)

@@ -108,6 +108,8 @@ class SpeculativeEngine:
     ) -> list[Completion]:
         """Decode all requests; `on_finish(index, completion)` is called as each one ends.
 
+        What was submitted before and has not ended is forgotten: use either this or `submit` and `step`.
+
         A request gives the same tokens whatever else is in the batch, up to floating-point rounding. One whose logits
         are not finite ends with the finish reason `error`; the others go on.
 

@@ -162,31 +162,37 @@ def draw_block(
         uniform = None if uniform is None else uniform[:, :slots]
         return draw(penalty.apply(logits) if penalty else logits, settings, uniform)
     is_fused = settings.is_plain and penalty is None and runs_in_triton(logits, None)
-    token, tokens, distributions = anchors[:, None], [], []
+    token, tokens = anchors[:, None], []
+    drawn_from = None if settings.all_greedy else torch.empty_like(logits, dtype=torch.float32)
     state = head.initial_state(hidden[:, :1])
     for slot in range(slots):
         here = slice(slot, slot + 1)
         latent, state = head.step(token, hidden[:, here], state)
         of_slot = None if uniform is None else uniform[:, here]
         if is_fused:
-            token, distribution = _draw_fused(head, logits[:, slot], latent[:, 0], settings, of_slot)
+            into = None if drawn_from is None else drawn_from[:, slot]
+            token = _draw_fused(head, logits[:, slot], latent[:, 0], settings, of_slot, into)
         else:
             biased = logits[:, here] + head.bias(latent)
             token, distribution = draw(penalty.apply(biased) if penalty else biased, settings, of_slot)
+            if drawn_from is not None and distribution is not None:
+                drawn_from[:, here] = distribution
         if penalty:
             penalty = penalty.after(token)
         tokens.append(token)
-        distributions.append(distribution)
-    drawn_from = None if settings.all_greedy else torch.cat([d for d in distributions if d is not None], dim=1)
     return torch.cat(tokens, dim=1), drawn_from
 
 
 def _draw_fused(
-    head: MarkovHead, logits: Tensor, latents: Tensor, settings: SamplingSettings, uniform: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """`draw` with the bias of a slot, logits [rows, vocab] and latents [rows, rank], in one kernel."""
+    head: MarkovHead,
+    logits: Tensor,
+    latents: Tensor,
+    settings: SamplingSettings,
+    uniform: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """`draw` with the bias of a slot, logits [rows, vocab] and latents [rows, rank], in one kernel: tokens [rows, 1]."""
     table = head.markov_w2.weight
     if uniform is None:
-        return argmax_biased(logits, latents, table)[:, None], None
-    tokens, distribution = draw_biased(logits, latents, table, settings.temperatures, uniform[:, 0])
-    return tokens[:, None], distribution[:, None]
+        return argmax_biased(logits, latents, table)[:, None]
+    return draw_biased(logits, latents, table, settings.temperatures, uniform[:, 0], out)[0][:, None]

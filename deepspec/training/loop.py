@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from deepspec.checkpoints import remove_unfinished_checkpoints
 from deepspec.config import TrainRun, validate
 from deepspec.files import write_atomically
-from deepspec.ranks import tells_of_lost_rank
+from deepspec.ranks import LostRankError, tells_of_lost_rank
 from deepspec.training.devices import start_accelerator
 from deepspec.training.interrupt import StopRequest
 from deepspec.training.report import Reporter
@@ -37,7 +37,8 @@ def train(config: TrainRun) -> TrainResult:
     Raises:
         ConfigError, DataError, ValueError: what cannot work in the configuration, the data or the run folder.
         CheckpointError: a checkpoint cannot be written, or the one named by train.resume cannot be read.
-        RuntimeError: the loss or the gradient is no longer finite, or another rank died or stopped answering.
+        RuntimeError: the loss or the gradient is no longer finite.
+        LostRankError: another rank died or stopped answering.
     """
     validate(config)
     accelerator = start_accelerator(config)
@@ -57,7 +58,7 @@ def train(config: TrainRun) -> TrainResult:
             finished = trainer.run(reporter)
         except RuntimeError as error:
             if accelerator.num_processes > 1 and tells_of_lost_rank(error):
-                raise RuntimeError(_explain_lost_rank(trainer, accelerator)) from error
+                raise LostRankError(_explain_lost_rank(trainer, accelerator)) from error
             raise
         status = "finished" if finished else "stopped"
         reporter.say(f"{status} at step {trainer.done}: {trainer.checkpoint}")
