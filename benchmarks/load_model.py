@@ -135,6 +135,7 @@ class ModelServer:
         for row in entering:
             row.emit(1)
         self._rows += entering
+        self._policy.enter(count, len(self._rows))
         tokens = count * self._prompt_tokens
         return float(self._table.pass_seconds(tokens)) if tokens else 0.0
 

@@ -90,7 +90,7 @@ def test_a_prompt_takes_the_pass_of_its_tokens() -> None:
     [
         (THRESHOLD, FLAT, [0.9, 0.7, 0.5, 0.9], 2),
         (THRESHOLD, FLAT, [0.5, 0.9, 0.9, 0.9], 0),
-        (PREFIX, FLAT, [0.1, 0.1, 0.1, 0.1], BLOCK),  # a token costs nothing
+        (PREFIX, FLAT, [0.5, 0.1, 0.1, 0.1], BLOCK),  # a token costs nothing
         # 1 ms a token and nothing else: a token must be worth more than the average one, and none is
         (PREFIX, LINEAR, [0.9, 0.9, 0.9, 0.9], 0),
         # 10 ms + 1 ms a token, 3 rows: tau * SPS(B) rises while a token survives more often than tau / (10 + B):

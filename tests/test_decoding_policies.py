@@ -291,6 +291,17 @@ def test_a_pause_ends_when_drafts_pay_again():
     assert rounds_of(policy, [0.1] * 4) == "dpdp"
 
 
+def test_new_requests_shorten_a_pause_by_their_share():
+    def after(new: int, rows: int) -> str:
+        policy = pausing(1.0)
+        rounds_of(policy, [0.1] * 11)  # 8 plain rounds would follow
+        policy.to_draft(1)  # the first
+        policy.enter(new, rows)
+        return rounds_of(policy, [0.1] * 8).split("d")[0]
+
+    assert [after(0, 4), after(1, 7), after(4, 7), after(1, 1)] == ["p" * 7, "p" * 6, "p" * 3, ""]
+
+
 def test_one_round_that_does_not_pay_is_not_enough():
     """0.75 of the mean of earlier rounds, 1.5, and 0.25 of 0.5 are above 1."""
     policy = pausing(1.0)

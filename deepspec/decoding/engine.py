@@ -217,6 +217,7 @@ class SpeculativeEngine:
                 row.begin(token)
             else:
                 self._fail(slot, row)
+        self.policy.enter(len(entering), self.active)
         self._settings = None
         self.timing.prefill += time.perf_counter() - started
 

@@ -38,6 +38,10 @@ class Policy(Protocol):
         """Forget earlier rounds."""
         return None
 
+    def enter(self, new: int, rows: int) -> None:
+        """Take note that `new` of the `rows` of the next round are new requests."""
+        return None
+
     def to_draft(self, rows: int) -> int:
         """How many tokens of each row to draft in the next round; to be called once a round, before all else.
 
@@ -163,6 +167,14 @@ class Pausing(Policy):
         self._forget()
         self.policy.reset()
 
+    def enter(self, new: int, rows: int) -> None:
+        """A pause is shortened by the share of the rows that have not earned it."""
+        if new == rows:
+            self._forget()
+        kept = 1 - new / rows
+        self._pause, self._left = round(self._pause * kept), round(self._left * kept)
+        self.policy.enter(new, rows)
+
     def to_draft(self, rows: int) -> int:
         if self._news is not None:
             pays, self._news = self._news.read(), None
@@ -214,6 +226,9 @@ class Calibrated(Policy):
 
     def reset(self) -> None:
         self.policy.reset()
+
+    def enter(self, new: int, rows: int) -> None:
+        self.policy.enter(new, rows)
 
     def to_draft(self, rows: int) -> int:
         return self.policy.to_draft(rows)

@@ -191,7 +191,7 @@ def _draw_fused(
     uniform: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """`draw` with the bias of a slot, logits [rows, vocab] and latents [rows, rank], in one kernel: tokens [rows, 1]."""
+    """`draw` with the bias of a slot in one kernel: logits [rows, vocab], latents [rows, rank] -> tokens [rows, 1]."""
     table = head.markov_w2.weight
     if uniform is None:
         return argmax_biased(logits, latents, table)[:, None]
