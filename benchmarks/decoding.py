@@ -88,47 +88,38 @@ def ways_to_decode(
         GROWING: Way(lambda: one_by_one(target, draft, requests)),
     }
     for size in sizes_of(options):
+        ways |= with_the_engine(options, target, draft, requests, size, against=[GENERATE, GROWING])
         lookup = LookupProposer(draft.block_size, device=target.device)
         found = ConfidenceThreshold(0.5, draft.block_size)
-        ways |= {
-            plain(size): Way(engine(options, target, None, requests, size), [GENERATE]),
-            f"prompt lookup, batch {size}": Way(
-                engine(options, target, lookup, requests, size, policy=found), [plain(size), LOOKUP]
-            ),
-            speculative(size): Way(
-                engine(options, target, DSparkProposer(draft, target), requests, size), [plain(size), GROWING]
-            ),
-        }
-        if options.sps:
-            policy = scheduler_of(options, draft, size, target.device)
-            ways[scheduled(size)] = Way(
-                engine(options, target, DSparkProposer(draft, target), requests, size, policy=policy),
-                [plain(size), GROWING],
-            )
+        run = engine(options, target, lookup, requests, size, policy=found)
+        ways[f"prompt lookup, batch {size}"] = Way(run, [f"plain, batch {size}", LOOKUP])
     for name, of_set in sets.items():
-        alone = f"{plain(1)}, {name}"
-        ways[alone] = Way(engine(options, target, None, of_set, 1))
-        ways[f"{speculative(1)}, {name}"] = Way(
-            engine(options, target, DSparkProposer(draft, target), of_set, 1), [alone]
-        )
-        if options.sps:
-            policy = scheduler_of(options, draft, 1, target.device)
-            ways[f"{scheduled(1)}, {name}"] = Way(
-                engine(options, target, DSparkProposer(draft, target), of_set, 1, policy=policy), [alone]
-            )
+        ways |= with_the_engine(options, target, draft, of_set, 1, of=f", {name}")
     return ways
 
 
-def plain(batch: int) -> str:
-    return f"plain, batch {batch}"
-
-
-def speculative(batch: int) -> str:
-    return f"speculative, batch {batch}"
-
-
-def scheduled(batch: int) -> str:
-    return f"asynchronous scheduler, batch {batch}"
+def with_the_engine(
+    options: BenchmarkOptions,
+    target: Target,
+    draft: DSparkModel,
+    requests: list[Request],
+    size: int,
+    of: str = "",
+    against: Sequence[str] = (),
+) -> dict[str, Way]:
+    """Plain decoding, whole blocks of the draft and, where there is a table for it, the scheduler."""
+    plain = f"plain, batch {size}{of}"
+    ways = {
+        plain: Way(engine(options, target, None, requests, size), against),
+        f"speculative, batch {size}{of}": Way(
+            engine(options, target, DSparkProposer(draft, target), requests, size), [plain, *against]
+        ),
+    }
+    if options.sps:
+        policy = scheduler_of(options, draft, size, target.device)
+        run = engine(options, target, DSparkProposer(draft, target), requests, size, policy=policy)
+        ways[f"asynchronous scheduler, batch {size}{of}"] = Way(run, [plain, *against])
+    return ways
 
 
 def sizes_of(options: BenchmarkOptions) -> list[int]:
