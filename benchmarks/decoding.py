@@ -1,6 +1,6 @@
 """Tokens per second of a target, decoded in several ways, interleaved in one run.
 
-    python -m benchmarks.decoding checkpoint=outputs/demo/smoke [repeats=5] [prompts=8] [max_new_tokens=96]
+    python -m benchmarks.decoding checkpoint=outputs/demo/smoke [sps=SPS.json] [repeats=5] [max_new_tokens=96]
 
 Each repeat decodes the same prompts in every way, one after the other, so a slow spell of the machine hits all of them;
 ratios are taken within a repeat. At batch 1 each prompt set is also decoded alone, since a mix counts most what takes
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -28,7 +28,7 @@ from deepspec import load_draft
 from deepspec.arguments import run_command
 from deepspec.decoding import DSparkProposer, LookupProposer, Proposer, Request, SpeculativeEngine, Timing
 from deepspec.decoding.calibration import load_calibration
-from deepspec.decoding.policies import ConfidenceThreshold, Policy, PolicySetup, build_policy
+from deepspec.decoding.policies import ConfidenceThreshold, PolicySetup, build_policy
 from deepspec.decoding.sps import load_table
 from deepspec.drafts import DSparkModel
 from deepspec.drafts.loading import find_draft_folder
@@ -82,19 +82,20 @@ def ways_to_decode(
     options: BenchmarkOptions, target: Target, draft: DSparkModel, sets: dict[str, list[Request]]
 ) -> dict[str, Way]:
     requests = [request for of_set in sets.values() for request in of_set]
+    setup = scheduler_setup(options, draft, target.device)
     ways = {
         GENERATE: Way(lambda: generate(options, target, requests)),
         LOOKUP: Way(lambda: generate(options, target, requests, prompt_lookup_num_tokens=draft.block_size)),
         GROWING: Way(lambda: one_by_one(target, draft, requests)),
     }
     for size in sizes_of(options):
-        ways |= with_the_engine(options, target, draft, requests, size, against=[GENERATE, GROWING])
+        ways |= with_the_engine(options, target, draft, setup, requests, size, against=[GENERATE, GROWING])
         lookup = LookupProposer(draft.block_size, device=target.device)
         found = ConfidenceThreshold(0.5, draft.block_size)
         run = engine(options, target, lookup, requests, size, policy=found)
         ways[f"prompt lookup, batch {size}"] = Way(run, [f"plain, batch {size}", LOOKUP])
     for name, of_set in sets.items():
-        ways |= with_the_engine(options, target, draft, of_set, 1, of=f", {name}")
+        ways |= with_the_engine(options, target, draft, setup, of_set, 1, of=f", {name}")
     return ways
 
 
@@ -102,6 +103,7 @@ def with_the_engine(
     options: BenchmarkOptions,
     target: Target,
     draft: DSparkModel,
+    setup: PolicySetup | None,
     requests: list[Request],
     size: int,
     of: str = "",
@@ -115,8 +117,8 @@ def with_the_engine(
             engine(options, target, DSparkProposer(draft, target), requests, size), [plain, *against]
         ),
     }
-    if options.sps:
-        policy = scheduler_of(options, draft, size, target.device)
+    if setup:
+        policy = build_policy("asynchronous", replace(setup, rows=size))
         run = engine(options, target, DSparkProposer(draft, target), requests, size, policy=policy)
         ways[f"asynchronous scheduler, batch {size}{of}"] = Way(run, [plain, *against])
     return ways
@@ -126,18 +128,13 @@ def sizes_of(options: BenchmarkOptions) -> list[int]:
     return [int(size) for size in options.batches.split(",")]
 
 
-def scheduler_of(options: BenchmarkOptions, draft: DSparkModel, rows: int, device: torch.device) -> Policy:
-    assert options.sps is not None
+def scheduler_setup(options: BenchmarkOptions, draft: DSparkModel, device: torch.device) -> PolicySetup | None:
+    """For one row; None = no table was given."""
+    if options.sps is None:
+        return None
     temperatures = load_calibration(find_draft_folder(options.checkpoint), draft.block_size)
-    setup = PolicySetup(
-        draft.block_size,
-        rows,
-        draft.confidence_head is not None,
-        device,
-        sps=load_table(options.sps),
-        temperatures=temperatures,
-    )
-    return build_policy("asynchronous", setup)
+    has_confidences, table = draft.confidence_head is not None, load_table(options.sps)
+    return PolicySetup(draft.block_size, 1, has_confidences, device, sps=table, temperatures=temperatures)
 
 
 def engine(
