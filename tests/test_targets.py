@@ -5,8 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import token_batch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
 
+from deepspec.config import ConfigError
 from deepspec.data.packing import Sample, lay_out
 from deepspec.features import OnlineFeatures
 from deepspec.targets import Target, load_target, load_target_config
@@ -103,10 +115,26 @@ def test_online_source_gives_the_target_features():
     torch.testing.assert_close(source.batch_features(batch).context, target.features(batch, [0, 2]).context)
 
 
-def test_unsupported_family_is_named(tmp_path):
-    GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=16).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model type 'gpt2' is not supported; supported are llama, qwen3"):
-        load_target(str(tmp_path))
+def test_an_unknown_family_that_the_adapter_understands_works_with_a_note(caplog):
+    torch.manual_seed(0)
+    config = StableLmConfig(**SIZES | {"use_qkv_bias": True})
+    with caplog.at_level("WARNING"):
+        target = Target(StableLmForCausalLM(config), "tiny")
+    assert "model type 'stablelm' is not among the tested families" in caplog.text
+    assert target.features(token_batch(torch.ones(1, 3, dtype=torch.long)), [0]).context.shape == (1, 3, 32)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        # GPT-2 adds positions to its embedding, which a draft would not know of.
+        (GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=1, n_embd=8, vocab_size=16)), "the input of the first layer is not"),
+        (MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64)), "has none of layers, h"),
+    ],
+)
+def test_an_unknown_family_that_the_adapter_does_not_understand_is_refused(model, message):
+    with pytest.raises(ConfigError, match=rf"{message}.*write an adapter"):
+        Target(model, "tiny")
 
 
 def test_folder_without_a_model_is_named(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,6 +79,41 @@ def lay_out(rows: Sequence[Sequence[Sample]], pad_id: int) -> TokenBatch:
             documents.append(document)
             start += document.length
     return TokenBatch(input_ids, position_ids, loss_mask, tuple(documents))
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """Some documents of a packed batch, one a row."""
+
+    batch: TokenBatch
+    documents: tuple[Document, ...]  # where each row comes from
+
+
+def one_document_a_row(packed: TokenBatch) -> Iterator[Unpacked]:
+    """The documents of a packed batch in padded batches that hold no more places than it does.
+
+    Neighbours in length share a batch, so little of it is padding.
+    """
+    places = packed.input_ids.numel()
+    group: list[Document] = []
+    for document in sorted(packed.documents, key=lambda document: -document.length):
+        if group and group[0].length * (len(group) + 1) > places:
+            yield _one_a_row(packed, group)
+            group = []
+        group.append(document)
+    yield _one_a_row(packed, group)
+
+
+def _one_a_row(packed: TokenBatch, documents: Sequence[Document]) -> Unpacked:
+    longest = documents[0].length
+    input_ids = packed.input_ids.new_zeros(len(documents), longest)
+    loss_mask = packed.loss_mask.new_zeros(len(documents), longest)
+    for row, document in enumerate(documents):
+        input_ids[row, : document.length] = packed.input_ids[document.row, document.columns]
+        loss_mask[row, : document.length] = packed.loss_mask[document.row, document.columns]
+    positions = torch.arange(longest, device=input_ids.device).expand(len(documents), -1)
+    rows = tuple(replace(document, row=row, start=0) for row, document in enumerate(documents))
+    return Unpacked(TokenBatch(input_ids, positions, loss_mask, rows), tuple(documents))
 
 
 def anchor_candidates(loss_mask: Tensor, position_ids: Tensor) -> Tensor:

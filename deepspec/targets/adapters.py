@@ -1,4 +1,8 @@
-"""One small class per target family: where its decoder, layers, embedding and head are."""
+"""Where a target's decoder, layers, embedding and head are, and what it does around them.
+
+Transformers gives its causal language models one set of accessors, and its configs one set of names, so one adapter
+serves nearly all of them. A family that differs overrides the method that differs and registers itself.
+"""
 
 from __future__ import annotations
 
@@ -7,40 +11,46 @@ from typing import cast
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from deepspec.config import near_match
+from deepspec.config import ConfigError
 
+FINAL_NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f", "ln_f")
 ADAPTERS: dict[str, type[TargetAdapter]] = {}
+# Model types whose features, packing and decoding the tests compare with Transformers' own.
+TESTED_FAMILIES = frozenset(
+    "deepseek_v3 gemma2 gemma3_text gemma4_text glm4 glm4_moe gpt_oss granite lfm2 llama ministral3 mistral mixtral "
+    "nemotron_h olmo2 olmo3 phi3 qwen2 qwen3 qwen3_5_text qwen3_moe qwen3_next smollm3".split()
+)
 
 
-def register_adapter(model_type: str):
-    """Class decorator: make an adapter the one for `model_type`."""
+def register_adapter(*model_types: str):
+    """Class decorator: make an adapter the one for these model types (of the text model, where that is inside)."""
 
     def register(adapter: type[TargetAdapter]) -> type[TargetAdapter]:
-        ADAPTERS[model_type] = adapter
+        ADAPTERS.update(dict.fromkeys(model_types, adapter))
         return adapter
 
     return register
 
 
 class TargetAdapter:
-    """The layout that Transformers gives most decoder-only models; a family overrides what differs."""
+    """The layout that Transformers gives causal language models, and the text model inside vision-language ones."""
 
     @staticmethod
     def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-        return config
+        return config.get_text_config(decoder=True)
 
     @staticmethod
     def decoder(model: PreTrainedModel) -> nn.Module:
         """The model without its head; its output `last_hidden_state` is taken after the final norm."""
-        return model.model
+        return model.get_decoder()
 
     @classmethod
     def layers(cls, model: PreTrainedModel) -> nn.ModuleList:
-        return cast(nn.ModuleList, cls.decoder(model).layers)
+        return cast(nn.ModuleList, cls._part(model, "layers", "h"))
 
     @classmethod
     def final_norm(cls, model: PreTrainedModel) -> nn.Module:
-        return cast(nn.Module, cls.decoder(model).norm)
+        return cls._part(model, *FINAL_NORMS)
 
     @staticmethod
     def embedding(model: PreTrainedModel) -> nn.Embedding:
@@ -50,27 +60,36 @@ class TargetAdapter:
     def head(model: PreTrainedModel) -> nn.Linear:
         return model.get_output_embeddings()
 
+    @classmethod
+    def embedding_scale(cls, model: PreTrainedModel) -> float:
+        """What the rows of the embedding are multiplied by on their way into the first layer."""
+        scale = getattr(cls.embedding(model), "scalar_embed_scale", None)
+        return float(scale or getattr(cls.decoder(model).config, "embedding_multiplier", None) or 1.0)
 
-@register_adapter("qwen3")
-class Qwen3Adapter(TargetAdapter):
-    """Qwen3 dense models (0.6B to 32B)."""
+    @classmethod
+    def logit_scale(cls, model: PreTrainedModel) -> float:
+        """What the head's output is multiplied by."""
+        config = cls.decoder(model).config
+        scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+        return float(scale / (getattr(config, "logits_scaling", None) or 1.0))
+
+    @classmethod
+    def final_logit_softcapping(cls, model: PreTrainedModel) -> float | None:
+        """c of the final soft cap c * tanh(logits / c), applied after the scale; None = no cap."""
+        return getattr(cls.decoder(model).config, "final_logit_softcapping", None)
+
+    @classmethod
+    def _part(cls, model: PreTrainedModel, *names: str) -> nn.Module:
+        decoder = cls.decoder(model)
+        found = next((part for name in names if isinstance(part := getattr(decoder, name, None), nn.Module)), None)
+        if found is None:
+            raise ConfigError(
+                f"{type(decoder).__name__} has none of {', '.join(names)}: write an adapter for model type "
+                f"'{decoder.config.model_type}' in deepspec/targets/adapters.py that says where they are"
+            )
+        return found
 
 
-@register_adapter("llama")
-class LlamaAdapter(TargetAdapter):
-    """Llama 2, 3 and models that share its architecture string."""
-
-
-def adapter_for(config: PreTrainedConfig, path: str) -> type[TargetAdapter]:
-    """The adapter of a target's config.
-
-    Raises:
-        ValueError: no adapter is registered for its model type.
-    """
-    if config.model_type not in ADAPTERS:
-        known = ", ".join(sorted(ADAPTERS))
-        raise ValueError(
-            f"target.path={path}: model type '{config.model_type}' is not supported; supported are {known}."
-            f"{near_match(config.model_type, ADAPTERS)} A new family is one class in deepspec/targets/adapters.py."
-        )
-    return ADAPTERS[config.model_type]
+def adapter_for(config: PreTrainedConfig) -> type[TargetAdapter]:
+    """The adapter of a target's config: its family's own, or the one for all."""
+    return ADAPTERS.get(config.get_text_config(decoder=True).model_type, TargetAdapter)

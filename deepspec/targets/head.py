@@ -62,7 +62,7 @@ def load_target_head(path: str, *, revision: str | None = None, dtype: torch.dty
     """
     resolved = resolve_path(path)
     config = AutoConfig.from_pretrained(resolved, revision=revision)
-    adapter = adapter_for(config, path)
+    adapter = adapter_for(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     folder = Path(resolved)

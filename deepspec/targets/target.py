@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from transformers import (
 )
 from transformers.cache_utils import Cache
 
-from deepspec.data.packing import TokenBatch
-from deepspec.targets.adapters import adapter_for
+from deepspec.data.packing import TokenBatch, one_document_a_row
+from deepspec.targets.adapters import TESTED_FAMILIES, adapter_for
 from deepspec.targets.attention import DOCUMENTS, attend_with
 from deepspec.targets.capture import capture_layers
+from deepspec.targets.layers import LayerMemory, inspect_layers
+from deepspec.targets.probe import probe_family
 
 BUILTIN_WEIGHTS = Path(__file__).with_name("builtin_weights")
 FINGERPRINT_SAMPLES = 256  # values per weight
@@ -42,17 +45,26 @@ class Target:
     """A causal language model that is never trained: evaluation mode, no gradients."""
 
     def __init__(self, model: PreTrainedModel, name_or_path: str, revision: str | None = None):
-        self.adapter = adapter_for(model.config, name_or_path)
+        """
+        Raises:
+            ConfigError: a family that the tests do not know, and the probe of it failed, see `probe_family`.
+        """
+        self.adapter = adapter_for(model.config)
         self.model = model.eval().requires_grad_(False)
-        self.config = self.adapter.text_config(model.config)
+        self._decoder = self.adapter.decoder(model)
+        self.config: PreTrainedConfig = self._decoder.config
         self.name_or_path = name_or_path
         self.revision = revision
-        self._decoder = self.adapter.decoder(model)
         self._layers = self.adapter.layers(model)
         self._head = self.adapter.head(model)
+        self.embedding_scale = self.adapter.embedding_scale(model)
+        self.logit_scale = self.adapter.logit_scale(model)
+        self.final_logit_softcapping = self.adapter.final_logit_softcapping(model)
         parameters = inspect.signature(self._decoder.forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
         self._fingerprint: str | None = None
+        if self.config.model_type not in TESTED_FAMILIES:
+            probe_family(self)
 
     @property
     def vocab_size(self) -> int:
@@ -103,55 +115,68 @@ class Target:
             self._fingerprint = fingerprint_of(self.model.named_parameters())
         return self._fingerprint
 
+    @cached_property
+    def memory(self) -> LayerMemory:
+        """What each layer remembers of the tokens before. Runs two tokens through the model, once."""
+        return inspect_layers(self._layers, self._run_two_tokens)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether a layer carries a state over a row, which no mask can hide from the next document."""
+        return bool(self.memory.mixers)
+
     @torch.no_grad()
     def features(self, batch: TokenBatch, layer_ids: Sequence[int]) -> TargetFeatures:
-        """Features of whole documents, for training; those of padding mean nothing.
+        """Features of whole documents, for training. Values at padding positions are undefined, but finite.
 
         Args:
-            batch: padded or packed, on the target's device.
+            batch: padded or packed, on the target's device. Packed documents of a recurrent target are computed in
+                rows of their own, which is how its state begins anew at each of them.
             layer_ids: captured layers, -1 = embedding output.
         """
-        with attend_with(self.config, DOCUMENTS):
+        if batch.is_packed and self.is_recurrent:
+            return self._features_by_document(batch, layer_ids)
+        with attend_with(self.config, DOCUMENTS, batch.documents if batch.is_packed else None):
             return self.hidden_states(
-                layer_ids,
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                documents=batch.documents if batch.is_packed else None,
+                layer_ids, input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             )
+
+    def _features_by_document(self, batch: TokenBatch, layer_ids: Sequence[int]) -> TargetFeatures:
+        """One document a row, padded, in passes that are no larger than the packed batch."""
+        rows, tokens = batch.input_ids.shape
+        width = self.hidden_size * len(layer_ids)
+        context = torch.zeros(rows, tokens, width, dtype=self.dtype, device=self.device)
+        final = torch.zeros(rows, tokens, self.hidden_size, dtype=self.dtype, device=self.device)
+        for part in one_document_a_row(batch):
+            features = self.features(part.batch, layer_ids)
+            for row, document in enumerate(part.documents):
+                place = (document.row, document.columns)
+                context[place] = features.context[row, : document.length]
+                final[place] = features.final[row, : document.length]
+        return TargetFeatures(context, final)
 
     @torch.no_grad()
     def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        cache: Cache,
-        layer_ids: Sequence[int] = (),
-        **attention: Any,
+        self, input_ids: Tensor, position_ids: Tensor, cache: Cache, layer_ids: Sequence[int] = ()
     ) -> TargetFeatures:
-        """One decoding step over new tokens; keys and values are written into `cache`.
+        """One decoding step over new tokens, inside `attend_with`; what layers remember is written into `cache`.
 
         Args:
             input_ids: [batch, tokens]
             position_ids: [batch, tokens], absolute.
-            attention_mask: bool [rows, 1, tokens of a row, keys], True = may attend.
             layer_ids: captured layers; with none, `context` is empty.
-            attention: further arguments of the attention function.
         """
-        return self.hidden_states(
-            layer_ids,
-            input_ids=input_ids,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            use_cache=True,
-            **attention,
-            **{self.cache_argument: cache},
-        )
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": True, self.cache_argument: cache}
+        return self.hidden_states(layer_ids, **inputs)
 
     def logits(self, final: Tensor) -> Tensor:
-        """Next-token logits in float32: [..., hidden] -> [..., vocab]."""
-        return self._head(final).float()
+        """Next-token logits in float32, scaled and capped as the target does it: [..., hidden] -> [..., vocab]."""
+        logits = self._head(final).float()
+        if self.logit_scale != 1:
+            logits = logits * self.logit_scale
+        if self.final_logit_softcapping is not None:
+            logits = self.final_logit_softcapping * torch.tanh(logits / self.final_logit_softcapping)
+        return logits
 
     def hidden_states(self, layer_ids: Sequence[int], **inputs: Any) -> TargetFeatures:
         """Captured layers and final states of a forward pass of the decoder with these arguments."""
@@ -160,6 +185,11 @@ class Target:
         if not layer_ids:
             return TargetFeatures(final.new_empty(*final.shape[:2], 0), final)
         return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), final)
+
+    def _run_two_tokens(self, cache: Cache) -> None:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        with attend_with(self.config, DOCUMENTS, None):
+            self.forward(ids, torch.arange(2, device=self.device)[None], cache)
 
 
 def fingerprint_of(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -193,7 +223,7 @@ def resolve_path(path: str) -> str:
 def load_target_config(path: str, revision: str | None = None) -> PreTrainedConfig:
     """The target's (text) config, without its weights. Raises ValueError for an unsupported family."""
     config = AutoConfig.from_pretrained(resolve_path(path), revision=revision)
-    return adapter_for(config, path).text_config(config)
+    return adapter_for(config).text_config(config)
 
 
 def load_target(
@@ -210,7 +240,7 @@ def load_target(
         ValueError: no adapter for this model family.
     """
     resolved = resolve_path(path)
-    adapter_for(AutoConfig.from_pretrained(resolved, revision=revision), path)
+    adapter_for(AutoConfig.from_pretrained(resolved, revision=revision))
     model: Any = AutoModelForCausalLM.from_pretrained(resolved, revision=revision, dtype=dtype)
     return Target(model.to(device), name_or_path=path, revision=revision)
 
