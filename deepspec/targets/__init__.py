@@ -3,15 +3,8 @@
 from deepspec.targets.adapters import ADAPTERS, TargetAdapter, adapter_for, register_adapter
 from deepspec.targets.attention import attend_with
 from deepspec.targets.head import TargetHead, load_target_head
-from deepspec.targets.target import (
-    BUILTIN_WEIGHTS,
-    Target,
-    TargetFeatures,
-    load_target,
-    load_target_config,
-    load_tokenizer,
-    resolve_path,
-)
+from deepspec.targets.loading import BUILTIN_WEIGHTS, load_target, load_target_config, load_tokenizer, resolve_path
+from deepspec.targets.target import Target, TargetFeatures
 
 __all__ = [
     "ADAPTERS",

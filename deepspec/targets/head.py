@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepspec.files import download_model, weight_files
 from deepspec.targets.adapters import adapter_for
-from deepspec.targets.target import Target, fingerprint_of, load_target, resolve_path
+from deepspec.targets.fingerprint import fingerprint_of
+from deepspec.targets.loading import load_target, resolve_path
+from deepspec.targets.target import Target
 
 
 class TargetHead:

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from deepspec.data.packing import TokenBatch, one_document_a_row
 from deepspec.targets.adapters import TESTED_FAMILIES, adapter_for
 from deepspec.targets.attention import DOCUMENTS, attend_with
 from deepspec.targets.capture import capture_layers
+from deepspec.targets.fingerprint import fingerprint_of
 from deepspec.targets.layers import LayerMemory, inspect_layers
 from deepspec.targets.probe import probe_family
-
-BUILTIN_WEIGHTS = Path(__file__).with_name("builtin_weights")
-FINGERPRINT_SAMPLES = 256  # values per weight
 
 
 @dataclass(frozen=True)
@@ -185,78 +174,3 @@ class Target:
         if not layer_ids:
             return TargetFeatures(final.new_empty(*final.shape[:2], 0), final)
         return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), final)
-
-    def _run_two_tokens(self, cache: Cache) -> None:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        with attend_with(self.config, DOCUMENTS, None):
-            self.forward(ids, torch.arange(2, device=self.device)[None], cache)
-
-
-def fingerprint_of(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """The fingerprint of named weights, in any order, see `Target.fingerprint`."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(weights):
-        flat = weight.detach().reshape(-1)
-        count = min(flat.numel(), FINGERPRINT_SAMPLES)
-        indices = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long().to(flat.device)
-        values = flat[indices].to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
-        digest.update(f"{name}{tuple(weight.shape)}".encode() + values)
-    return digest.hexdigest()
-
-
-def resolve_path(path: str) -> str:
-    """`builtin` -> the folder of the built-in target's weights; anything else is returned as it is.
-
-    Raises:
-        FileNotFoundError: it looks like a folder (or is the built-in target) and holds no config.json.
-    """
-    resolved = str(BUILTIN_WEIGHTS) if path == "builtin" else path
-    looks_local = path == "builtin" or Path(path).exists() or path.startswith(("/", "./", "../", "~"))
-    if looks_local and not (Path(resolved).expanduser() / "config.json").is_file():
-        raise FileNotFoundError(
-            f"target.path={path}: no config.json in {resolved}; give a folder with a saved Hugging Face model, "
-            "a Hub id, or 'builtin'"
-        )
-    return str(Path(resolved).expanduser()) if looks_local else resolved
-
-
-def load_target_config(path: str, revision: str | None = None) -> PreTrainedConfig:
-    """The target's (text) config, without its weights. Raises ValueError for an unsupported family."""
-    config = AutoConfig.from_pretrained(resolve_path(path), revision=revision)
-    return adapter_for(config).text_config(config)
-
-
-def load_target(
-    path: str,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-) -> Target:
-    """Load and freeze a target: `builtin`, a folder, or a Hub id.
-
-    Raises:
-        FileNotFoundError: the folder holds no model.
-        ValueError: no adapter for this model family.
-    """
-    resolved = resolve_path(path)
-    adapter_for(AutoConfig.from_pretrained(resolved, revision=revision))
-    model: Any = AutoModelForCausalLM.from_pretrained(resolved, revision=revision, dtype=dtype)
-    return Target(model.to(device), name_or_path=path, revision=revision)
-
-
-def load_tokenizer(
-    path: str, *, revision: str | None = None, chat_template: str | None = None
-) -> PreTrainedTokenizerBase:
-    """The target's tokenizer; `chat_template` names a Jinja file that replaces its own template.
-
-    Raises:
-        FileNotFoundError: the template file does not exist.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(resolve_path(path), revision=revision)
-    if chat_template is not None:
-        file = Path(chat_template)
-        if not file.is_file():
-            raise FileNotFoundError(f"data.chat_template={chat_template}: no such file")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
-    return tokenizer
