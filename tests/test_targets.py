@@ -128,7 +128,10 @@ def test_an_unknown_family_that_the_adapter_understands_works_with_a_note(caplog
     ("model", "message"),
     [
         # GPT-2 adds positions to its embedding, which a draft would not know of.
-        (GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=1, n_embd=8, vocab_size=16)), "the input of the first layer is not"),
+        (
+            GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=1, n_embd=8, vocab_size=16)),
+            "the input of the first layer is not",
+        ),
         (MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64)), "has none of layers, h"),
     ],
 )

@@ -17,8 +17,10 @@ FINAL_NORMS = ("norm", "final_layernorm", "embedding_norm", "norm_f", "ln_f")
 ADAPTERS: dict[str, type[TargetAdapter]] = {}
 # Model types whose features, packing and decoding the tests compare with Transformers' own.
 TESTED_FAMILIES = frozenset(
-    "deepseek_v3 gemma2 gemma3_text gemma4_text glm4 glm4_moe gpt_oss granite lfm2 llama ministral3 mistral mixtral "
-    "nemotron_h olmo2 olmo3 phi3 qwen2 qwen3 qwen3_5_text qwen3_moe qwen3_next smollm3".split()
+    """
+    deepseek_v3 gemma2 gemma3_text gemma4_text glm4 glm4_moe gpt_oss granite lfm2 llama ministral3 mistral mixtral
+    nemotron_h olmo2 olmo3 phi3 qwen2 qwen3 qwen3_5_text qwen3_moe qwen3_next smollm3
+    """.split()  # noqa: SIM905
 )
 
 

@@ -12,7 +12,7 @@ from deepspec.config import ConfigError
 from deepspec.data.packing import Document, TokenBatch
 
 if TYPE_CHECKING:
-    from deepspec.targets.target import Target, TargetFeatures
+    from deepspec.targets.target import Target
 
 logger = logging.getLogger(__name__)
 TOKENS = 6  # of a probed document

@@ -174,3 +174,8 @@ class Target:
         if not layer_ids:
             return TargetFeatures(final.new_empty(*final.shape[:2], 0), final)
         return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), final)
+
+    def _run_two_tokens(self, cache: Cache) -> None:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        with attend_with(self.config, DOCUMENTS, None):
+            self.forward(ids, torch.arange(2, device=self.device)[None], cache)
