@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface
 
 from deepspec.decoding.cache import Span
+from deepspec.targets.attention import current_layout, grouped_attention
 
 SLOTS = "deepspec_slots"
 
@@ -18,35 +18,32 @@ def slot_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
-    span: Span,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Grouped-query attention of packed tokens, without repeating keys and values for each query head.
-
-    The query heads that share a key/value head are laid side by side as further tokens of that head.
+    """Attention of packed tokens, each to its own row's columns up to itself. The layout is the `Span` of the tokens.
 
     Args:
         module: the attention layer; not used.
-        query: [1, heads, total, head_dim], of the packed tokens of `span`.
-        key, value: [rows, kv_heads, columns, head_dim], of the cache.
-        attention_mask: bool [rows, 1, longest, columns], True = may attend.
-        scaling: multiplies the scores; None = 1 / sqrt(head_dim).
+        query: [1, heads, total, head_dim]
+        key, value: [rows, kv_heads, columns, head_dim], of the cache; those of values may be wider or narrower.
+        attention_mask: not used.
+        scaling, softcap: see `grouped_attention`.
+        sliding_window: a token sees itself and this many columns less one before it; None = all before it.
+        s_aux: [heads], attention sinks, see `grouped_attention`.
 
     Returns:
         [1, total, heads, head_dim], as Transformers wants it, and no weights.
     """
+    span: Span = current_layout()
     query = span.to_rows(query[0].transpose(0, 1)).transpose(1, 2)
-    rows, heads, tokens, head_dim = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    if group > 1:
-        query = query.reshape(rows, kv_heads, group * tokens, head_dim)
-        if tokens > 1:
-            attention_mask = attention_mask.repeat(1, 1, group, 1)
-    attended = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-    return span.to_packed(attended.reshape(rows, heads, tokens, head_dim).transpose(1, 2))[None], None
+    mask = span.visible(sliding_window, query.shape[1] // key.shape[1])
+    attended = grouped_attention(query, key, value, mask, scaling, softcap, s_aux)
+    return span.to_packed(attended.transpose(1, 2))[None], None
 
 
 AttentionInterface.register(SLOTS, slot_attention)

@@ -1,4 +1,4 @@
-"""Preallocated key/value caches by slot: written by absolute position, rewound by position, never cropped or re-padded.
+"""Preallocated caches by slot: keys and values written and rewound by absolute position, never cropped or re-padded.
 
 Contiguous rather than paged: attention then reads plain views of the first slots, and the slots of a measurement are
 about equally long, so pages would save little memory.
@@ -9,17 +9,21 @@ mask shows them and the next round overwrites them, so a rejection costs nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from deepspec.decoding.recurrent import RecurrentStates
 from deepspec.kernels.dispatch import runs_in_triton
 from deepspec.kernels.key_values import PADDING, append_key_values
+from deepspec.targets import Target
+from deepspec.targets.attention import visible_columns
+from deepspec.targets.layers import KeyValueShape
 
 
 class Span:
@@ -45,6 +49,7 @@ class Span:
         self._index: Tensor | None = None  # [rows, longest], the packed token of each place
         self._place: Tensor | None = None  # [total], the place of each packed token
         self._repeated: Tensor | None = None  # bool [total]
+        self._visible: dict[tuple[int | None, int], Tensor] = {}
         steps = torch.arange(longest, device=starts.device)
         if isinstance(counts, int):
             self.positions = (starts[:, None] + steps).flatten()  # [total]
@@ -95,6 +100,22 @@ class Span:
             return self.positions
         return self.positions.masked_fill(self._repeated, PADDING)
 
+    def visible(self, window: int | None, group: int) -> Tensor:
+        """What the tokens of each row may attend, for `grouped_attention`; made once a pass for all layers alike.
+
+        Args:
+            window: of a sliding layer, tokens; None = all before.
+            group: query heads that share a key/value head.
+
+        Returns:
+            bool [rows, 1, group * longest, end]
+        """
+        if (window, group) not in self._visible:
+            columns = torch.arange(self.end, device=self.positions.device)
+            visible = visible_columns(self.to_rows(self.positions)[..., None], columns, window)
+            self._visible[window, group] = visible.repeat(1, group, 1)[:, None]
+        return self._visible[window, group]
+
     def to_rows(self, packed: Tensor) -> Tensor:
         """[total, ...] -> [rows, longest, ...]; a shorter row repeats its last token."""
         if self._index is None:
@@ -108,29 +129,31 @@ class Span:
 
 
 class KeyValueStore:
-    """Keys and values of all layers, each [slots, kv_heads, columns, head_dim]; zero, thus finite, until written."""
+    """Keys and values by layer, each [slots, heads, columns, width]; zero, thus finite, until written."""
 
-    def __init__(self, config: PreTrainedConfig, slots: int, columns: int, dtype: torch.dtype, device: torch.device):
-        shape = (slots, config.num_key_value_heads, columns, _head_dim(config))
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+    def __init__(self, shapes: Mapping[int, KeyValueShape], slots: int, columns: int, device: torch.device):
+        def zeros(heads: int, width: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(slots, heads, columns, width, dtype=dtype, device=device)
+
+        self.keys = {layer: zeros(*shape.key, shape.dtype) for layer, shape in shapes.items()}
+        self.values = {layer: zeros(*shape.value, shape.dtype) for layer, shape in shapes.items()}
 
     def write(self, layer: int, span: Span, keys: Tensor, values: Tensor) -> None:
-        """Write keys, values [1, kv_heads, total, head_dim] of `span`."""
+        """Write keys, values [1, heads, total, width] of `span`."""
         if span.start is not None:  # a plain slice costs half as much as an index
             slot, columns = span.slots[0], slice(span.start, span.start + span.total)
             self.keys[layer][slot, :, columns] = keys[0]
             self.values[layer][slot, :, columns] = values[0]
             return
         keys, values = keys[0].transpose(0, 1), values[0].transpose(0, 1)
-        if runs_in_triton(keys, None):
+        if keys.shape == values.shape and runs_in_triton(keys, None):
             append_key_values(self.keys[layer], self.values[layer], keys, values, span.slot_of, span.written)
         else:  # a repeated token writes the same once more
             self.keys[layer][span.slot_of, :, span.positions] = keys
             self.values[layer][span.slot_of, :, span.positions] = values
 
     def read(self, layer: int, slots: Sequence[int], columns: int) -> tuple[Tensor, Tensor]:
-        """The first columns of some slots: keys and values [rows, kv_heads, columns, head_dim].
+        """The first columns of some slots: keys and values [rows, heads, columns, width].
 
         Views if the slots follow each other, as those of the active rows do.
         """
@@ -139,37 +162,64 @@ class KeyValueStore:
 
     def move(self, source: int, destination: int, length: int) -> None:
         """Copy the first `length` columns of a slot; only when a request ends and none waits to take its place."""
-        for tensor in (*self.keys, *self.values):
+        for tensor in (*self.keys.values(), *self.values.values()):
             tensor[destination, :, :length] = tensor[source, :, :length]
 
     def clear(self, slot: int) -> None:
         """Make a slot finite again after a row that was not: a masked NaN would still spoil a sum."""
-        for tensor in (*self.keys, *self.values):
+        for tensor in (*self.keys.values(), *self.values.values()):
             tensor[slot].zero_()
 
 
-def bytes_per_slot(config: PreTrainedConfig, columns: int, dtype: torch.dtype) -> int:
-    """Of a `KeyValueStore`."""
-    heads = 2 * config.num_hidden_layers * config.num_key_value_heads
-    return heads * columns * _head_dim(config) * dtype.itemsize
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 class SlotCache(Cache):
-    """The target's cache, as Transformers attention sees it; `span` says what the next forward pass is about."""
+    """The target's cache, as the layers of Transformers see it; `target_pass` says what each forward pass is about."""
 
-    def __init__(self, config: PreTrainedConfig, slots: int, columns: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, target: Target, slots: int, columns: int, longest: int):
+        """
+        Args:
+            columns: positions per slot.
+            longest: the most tokens of a row in a pass that may be rejected in part.
+        """
         super().__init__(layers=[])
-        self.store = KeyValueStore(config, slots, columns, dtype, device)
+        self.store = KeyValueStore(target.memory.key_values, slots, columns, target.device)
+        self.states = RecurrentStates(target, slots, longest, self)
         self.span: Span | None = None
+
+    @staticmethod
+    def bytes_per_slot(target: Target, columns: int, longest: int) -> int:
+        """Of one slot, see `__init__`."""
+        key_values = sum(shape.bytes for shape in target.memory.key_values.values())
+        return columns * key_values + RecurrentStates.bytes_per_slot(target, longest)
+
+    @contextmanager
+    def during(self, span: Span, *, is_certain: bool) -> Iterator[None]:
+        """Within the block, the target runs over `span`; `is_certain` if all of its tokens will be kept."""
+        self.span = span
+        with self.states.during(span, is_certain=is_certain):
+            yield
+
+    def keep(self, kept: Mapping[int, int]) -> None:
+        """The first so many tokens of these slots' rows stay. To be called after each pass that was not certain."""
+        self.states.keep(kept)
+
+    def move(self, source: int, destination: int, length: int) -> None:
+        """Move a slot's row, which holds `length` positions."""
+        self.store.move(source, destination, length)
+        self.states.move(source, destination)
+
+    def begin(self, slots: Sequence[int]) -> None:
+        """Make slots ready for new rows; keys and values need nothing, since no mask shows those of others."""
+        self.states.begin(slots)
+
+    def clear(self, slot: int) -> None:
+        """Forget a slot whose row was not finite."""
+        self.store.clear(slot)
+        self.states.begin([slot])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store [1, kv_heads, total, head_dim] and return what to attend, [rows, kv_heads, columns, head_dim]."""
+        """Store [1, heads, total, width] and return what to attend, [rows, heads, columns, width]."""
         assert self.span is not None, "a span comes before a forward pass"
         self.store.write(layer_idx, self.span, key_states, value_states)
         return self.store.read(layer_idx, self.span.slots, self.span.end)
@@ -177,6 +227,22 @@ class SlotCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Not used: positions and masks are always given."""
         return 0
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.states.of_mixer("conv", state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.states.of_mixer("recurrent", state_idx)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        """Take in [rows, channels, tokens] and return them behind those before."""
+        return self.states.append_conv(conv_states, state_idx)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        return self.states.replace_recurrent(recurrent_states, state_idx)
 
 
 def _follow_each_other(slots: Sequence[int]) -> bool:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from deepspec.config import ConfigError, near_match
-from deepspec.decoding.attention import SLOTS
 from deepspec.decoding.cache import SlotCache, Span
 from deepspec.decoding.graphs import Graphs, ladder, next_size
 from deepspec.decoding.memory import check_memory
@@ -30,7 +30,7 @@ from deepspec.decoding.rows import Row
 from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw
 from deepspec.decoding.stopping import Decode, StopCondition
 from deepspec.decoding.verification import VERIFICATION_RULES
-from deepspec.targets import Target, attend_with
+from deepspec.targets import Target
 
 COLUMNS_AT_ONCE = 256  # of the caches; a graph reads a multiple of so many
 IDLE = Request([0], 1)  # what a graph's rows without a request do
@@ -61,11 +61,10 @@ class SpeculativeEngine:
             graphs: capture draft and verify passes as CUDA graphs; None = on a GPU.
 
         Raises:
-            ConfigError: the target has layers without full attention, there is no such verification rule, the policy
-                needs confidences that the proposer has not, or the caches of so many slots do not fit the memory; says
-                how many do.
+            ConfigError: there is no such verification rule, the policy needs confidences that the proposer has not, or
+                the caches of so many slots do not fit the memory; says how many do.
         """
-        _check_settings(target, proposer, slots, policy, verification)
+        _check_settings(proposer, slots, policy, verification)
         self.target = target
         self.proposer = proposer
         self.slots = slots
@@ -76,7 +75,7 @@ class SpeculativeEngine:
         self.timing = Timing()
         self._device = target.device
         check_memory(target, proposer, slots, max_length)
-        self._cache = SlotCache(target.config, slots, max_length, target.dtype, self._device)
+        self._cache = SlotCache(target, slots, max_length, self.block_size + 1)
         if proposer:
             proposer.allocate(slots, max_length)
         self._sizes = ladder(slots)
@@ -150,11 +149,10 @@ class SpeculativeEngine:
     def step(self) -> list[tuple[int, Completion]]:
         """Let waiting requests enter free slots, or run one round of those inside. Returns what has ended."""
         free = [slot for slot in range(self.slots) if slot >= len(self._rows) or self._rows[slot] is None]
-        with attend_with(self.target.config, SLOTS):
-            if self._waiting and free:
-                self._enter(free[: len(self._waiting)])
-            elif self.active:
-                self._round(self._without_gaps())
+        if self._waiting and free:
+            self._enter(free[: self._can_enter()])
+        elif self.active:
+            self._round(self._without_gaps())
         ended = []
         for slot, row in enumerate(self._rows):
             if row and row.finished:
@@ -189,6 +187,14 @@ class SpeculativeEngine:
         self._waiting.clear()
         self.policy.reset()
 
+    def _can_enter(self) -> int:
+        """How many of those that wait can share a pass: all, or of a recurrent target the first ones of equal length,
+        since padding would move their states."""
+        if not self.target.is_recurrent:
+            return len(self._waiting)
+        length = self._waiting[0].length
+        return len(list(takewhile(lambda row: row.length == length, self._waiting)))
+
     def _enter(self, slots: list[int]) -> None:
         """Run the prompts of waiting requests, packed, into these slots and draw each first token."""
         started = time.perf_counter()
@@ -197,7 +203,8 @@ class SpeculativeEngine:
         counts = [len(prompt) for prompt in prompts]
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=self._device)
         span = Span.of(slots, [0] * len(slots), counts, self._device)
-        final = target_pass(self.target, self.proposer, self._cache, span, ids)
+        self._cache.begin(slots)
+        final = target_pass(self.target, self.proposer, self._cache, span, ids, is_certain=True)
         logits = self.target.logits(final[torch.tensor(counts, device=self._device).cumsum(0) - 1])[:, None]
         is_penalised = any(row.request.repetition_penalty != 1 for row in entering)
         vocab = self.target.vocab_size
@@ -258,12 +265,17 @@ class SpeculativeEngine:
             if proposal.confidences is not None:
                 columns.append(proposal.confidences)
         values = torch.cat([column[: len(rows)].double() for column in columns], dim=1).tolist()
+        kept = {}
         for slot, (row, (is_finite, *of_row)) in enumerate(zip(rows, values, strict=True)):
             if is_finite:
                 proposed, accepted, next_token, *drafts = map(int, of_row[: 3 + drafted])
                 row.advance(proposed, drafts[:accepted], next_token, of_row[3 + drafted :] or None)
+                if not row.finished:
+                    kept[slot] = 1 + accepted
             else:
                 self._fail(slot, row)
+        if not outcome.is_certain:
+            self._cache.keep(kept)
 
     def _without_gaps(self) -> list[Row]:
         """Move the last rows into free slots, so that the active slots are the first ones. Only when nobody waits."""
@@ -272,7 +284,7 @@ class SpeculativeEngine:
             if rows[slot] is None:
                 last = rows.pop()
                 if last is not None:
-                    self._cache.store.move(len(rows), slot, last.length)
+                    self._cache.move(len(rows), slot, last.length)
                     if self.proposer:
                         self.proposer.move(len(rows), slot, last.length)
                     if self._seen is not None:
@@ -288,7 +300,7 @@ class SpeculativeEngine:
 
     def _fail(self, slot: int, row: Row) -> None:
         row.fail()
-        self._cache.store.clear(slot)
+        self._cache.clear(slot)
         if self.proposer:
             self.proposer.clear(slot)
 
@@ -305,12 +317,7 @@ class SpeculativeEngine:
         return values if self._device.type == "cpu" else values.pin_memory().to(self._device, non_blocking=True)
 
 
-def _check_settings(
-    target: Target, proposer: Proposer | None, slots: int, policy: Policy | None, verification: str
-) -> None:
-    unsupported = set(getattr(target.config, "layer_types", None) or []) - {"full_attention"}
-    if unsupported:
-        raise ConfigError(f"target {target.name_or_path}: layers of type {sorted(unsupported)} cannot be decoded yet")
+def _check_settings(proposer: Proposer | None, slots: int, policy: Policy | None, verification: str) -> None:
     if verification not in VERIFICATION_RULES:
         raise ConfigError(
             f"decode.verification={verification}: must be one of {', '.join(VERIFICATION_RULES)}."

@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from deepspec.config import ConfigError
-from deepspec.decoding.cache import bytes_per_slot
+from deepspec.decoding.cache import SlotCache
 from deepspec.decoding.proposers import Proposer
 from deepspec.targets import Target
 
@@ -17,7 +17,7 @@ def check_memory(target: Target, proposer: Proposer | None, slots: int, columns:
     Raises:
         ConfigError: they do not fit; says how many slots would.
     """
-    each = bytes_per_slot(target.config, columns, target.dtype)
+    each = SlotCache.bytes_per_slot(target, columns, 1 + (proposer.block_size if proposer else 0))
     if proposer:
         each += proposer.bytes_per_slot(columns)
     free = free_bytes(target.device)

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from deepspec.decoding.attention import SLOTS
 from deepspec.decoding.cache import SlotCache, Span
 from deepspec.decoding.proposers import Proposer
-from deepspec.targets import Target
+from deepspec.targets import Target, attend_with
 
 
-def target_pass(target: Target, proposer: Proposer | None, cache: SlotCache, span: Span, ids: Tensor) -> Tensor:
-    """Run packed tokens through the target, which attends with `SLOTS`; the cache and the proposer take note of them.
+def target_pass(
+    target: Target, proposer: Proposer | None, cache: SlotCache, span: Span, ids: Tensor, *, is_certain: bool
+) -> Tensor:
+    """Run packed tokens through the target; the cache and the proposer take note of them.
 
     Args:
         span: where the tokens are.
         ids: long [total]
+        is_certain: all of them will be kept; else `cache.keep` has to be told how many.
 
     Returns:
         Final states [total, hidden].
     """
-    cache.span = span
-    columns = torch.arange(span.end, device=ids.device)
-    may_attend = columns <= span.to_rows(span.positions)[..., None]  # [rows, longest, columns]
     layer_ids = tuple(proposer.layer_ids) if proposer else ()
-    features = target.forward(ids[None], span.positions[None], may_attend[:, None], cache, layer_ids, span=span)
+    with attend_with(target.config, SLOTS, span), cache.during(span, is_certain=is_certain):
+        features = target.forward(ids[None], span.positions[None], cache, layer_ids)
     if proposer:
         proposer.observe(span, ids, features.context[0])
     return features.final[0]

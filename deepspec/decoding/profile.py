@@ -23,7 +23,6 @@ from rich.table import Table
 
 from deepspec.arguments import run_command
 from deepspec.config import CHOICES, ConfigError, near_match
-from deepspec.decoding.attention import SLOTS
 from deepspec.decoding.cache import SlotCache, Span
 from deepspec.decoding.passes import target_pass
 from deepspec.decoding.proposers import DSparkProposer, Proposer
@@ -34,7 +33,7 @@ from deepspec.drafts import load_draft
 from deepspec.drafts.loading import find_draft_folder, read_draft_config
 from deepspec.environment import command_line, machine, versions
 from deepspec.files import write_atomically
-from deepspec.targets import Target, attend_with, load_target
+from deepspec.targets import Target, load_target
 
 DTYPES = CHOICES["target.dtype"]
 WARM_UP = 3  # runs of every size that are not counted
@@ -76,7 +75,7 @@ def verifying(target: Target, proposer: Proposer, cache: SlotCache, rows: int, t
 
     def run() -> None:
         span = Span.of(range(rows), [context] * rows, [tokens] * rows, target.device)
-        target.logits(target_pass(target, proposer, cache, span, ids))
+        target.logits(target_pass(target, proposer, cache, span, ids, is_certain=tokens == 1))
 
     return run
 
@@ -144,10 +143,9 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
             f"{target.config.max_position_embeddings} positions of target {path}"
         )
     proposer.allocate(slots, columns)
-    with attend_with(target.config, SLOTS):
-        cache = SlotCache(target.config, slots, columns, target.dtype, target.device)
-        passes = {B: verifying(target, proposer, cache, *shape, options.context) for B, shape in layouts.items()}
-        of_passes = measure(passes, options.repeats, target.device)
+    cache = SlotCache(target, slots, columns, tokens_per_row)
+    passes = {B: verifying(target, proposer, cache, *shape, options.context) for B, shape in layouts.items()}
+    of_passes = measure(passes, options.repeats, target.device)
     drafts = {rows: drafting(proposer, target, rows, options.context) for rows in sorted(set(options.rows))}
     of_drafts = measure(drafts, options.repeats, target.device)
     return {

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from deepspec.config import ConfigError
-from deepspec.decoding.cache import KeyValueStore, Span, bytes_per_slot
+from deepspec.decoding.cache import KeyValueStore, Span
 from deepspec.decoding.sampling import SamplingSettings, draw
 from deepspec.drafts import DSparkModel
+from deepspec.drafts.families import head_dim_of
 from deepspec.drafts.heads import MarkovHead
 from deepspec.drafts.loading import check_target
 from deepspec.kernels.biased_sampling import argmax_biased, draw_biased
 from deepspec.kernels.dispatch import runs_in_triton
 from deepspec.targets import Target
+from deepspec.targets.layers import KeyValueShape
 
 
 @dataclass(frozen=True)
@@ -94,14 +96,16 @@ class DSparkProposer:
         self.layer_ids: Sequence[int] = draft.target_layer_ids
         self.has_confidences = draft.confidence_head is not None
         self._layers = range(draft.config.num_hidden_layers)
+        heads = (draft.config.num_key_value_heads, head_dim_of(draft.config))
+        self._key_values = KeyValueShape(heads, heads, draft.fc.weight.dtype)
         self._store: KeyValueStore | None = None
 
     def bytes_per_slot(self, columns: int) -> int:
-        return bytes_per_slot(self.draft.config, columns, self.draft.fc.weight.dtype)
+        return columns * len(self._layers) * self._key_values.bytes
 
     def allocate(self, slots: int, columns: int) -> None:
-        weight = self.draft.fc.weight
-        self._store = KeyValueStore(self.draft.config, slots, columns, weight.dtype, weight.device)
+        shapes = dict.fromkeys(self._layers, self._key_values)
+        self._store = KeyValueStore(shapes, slots, columns, self.draft.fc.weight.device)
 
     @property
     def store(self) -> KeyValueStore:

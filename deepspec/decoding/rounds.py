@@ -60,6 +60,7 @@ class Outcome:
     proposed: Tensor  # long [rows], how many drafted tokens were verified
     finite: Tensor  # bool [rows, 1]
     verdict: Verdict
+    is_certain: bool  # of the pass, see `target_pass`
 
 
 class Rounds:
@@ -97,6 +98,8 @@ class Rounds:
     def verify(self, batch: Batch, proposal: Proposal | None) -> Outcome:
         """One target pass over the anchors and as many drafted tokens as the policy says."""
         proposed, size = self._pass_size(batch, proposal)
+        # A graph is run once more to capture it, and a state that moves on in place would move twice.
+        is_certain = size.longest == 1 and self.graphs is None
 
         def judged(
             anchors: Tensor, lengths: Tensor, uniform: Tensor | None, proposed: Tensor | None, *settings: Tensor
@@ -108,7 +111,9 @@ class Rounds:
             ids = anchors[:, None]
             if proposal is not None:
                 ids = torch.cat([ids, proposal.tokens[:, : size.longest - 1]], dim=1)
-            final = target_pass(self.target, self.proposer, self.cache, span, span.to_packed(ids))
+            final = target_pass(
+                self.target, self.proposer, self.cache, span, span.to_packed(ids), is_certain=is_certain
+            )
             logits = span.to_rows(self.target.logits(final))
             return self._judge(proposal, proposed, ids, logits, batch.settings.with_tensors(settings), uniform)
 
@@ -121,7 +126,7 @@ class Rounds:
         assert next_token is not None
         if proposed is None:
             proposed = torch.full_like(accepted, size.longest - 1)
-        return Outcome(proposal, proposed, finite, Verdict(accepted, next_token))
+        return Outcome(proposal, proposed, finite, Verdict(accepted, next_token), is_certain)
 
     def _pass_size(self, batch: Batch, proposal: Proposal | None) -> tuple[Tensor | None, PassSize]:
         """How many drafted tokens of each row to verify, None = the same number of each, and the size of that pass.

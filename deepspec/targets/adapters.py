@@ -87,7 +87,7 @@ class TargetAdapter:
         if found is None:
             raise ConfigError(
                 f"{type(decoder).__name__} has none of {', '.join(names)}: write an adapter for model type "
-                f"'{decoder.config.model_type}' in deepspec/targets/adapters.py that says where they are"
+                f"'{cls.text_config(model.config).model_type}' in deepspec/targets/adapters.py that says where they are"
             )
         return found
 

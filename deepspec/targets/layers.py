@@ -6,6 +6,7 @@ config has to be understood.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,11 +24,11 @@ class KeyValueShape:
 
     key: tuple[int, int]  # heads, width
     value: tuple[int, int]
+    dtype: torch.dtype
 
     @property
-    def numbers(self) -> int:
-        """Stored for a position."""
-        return self.key[0] * self.key[1] + self.value[0] * self.value[1]
+    def bytes(self) -> int:
+        return (self.key[0] * self.key[1] + self.value[0] * self.value[1]) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,16 @@ class RecurrentMixer:
     def bytes(self) -> int:
         """Of its states."""
         return sum(state.bytes for state in self.states.values())
+
+    def __call__(self, hidden: Tensor, cache: Cache) -> Tensor:
+        """[rows, tokens, hidden] -> the same; reads and moves on the states that `cache` hands out."""
+        return self.module(hidden, **{cache_argument(self.module): cache})
+
+
+def cache_argument(module: nn.Module) -> str:
+    """What this module's forward calls its cache; Transformers has renamed it."""
+    parameters = inspect.signature(module.forward).parameters
+    return next(name for name in ("cache", "past_key_values", "cache_params") if name in parameters)
 
 
 @dataclass(frozen=True)
@@ -98,8 +109,8 @@ class _Listener(Cache):
         self._inside.pop()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        shapes = [(states.shape[1], states.shape[3]) for states in (key_states, value_states)]
-        self.key_values[layer_idx] = KeyValueShape(*shapes)
+        key, value = ((states.shape[1], states.shape[3]) for states in (key_states, value_states))
+        self.key_values[layer_idx] = KeyValueShape(key, value, key_states.dtype)
         return key_states, value_states
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from deepspec.targets.adapters import TESTED_FAMILIES, adapter_for
 from deepspec.targets.attention import DOCUMENTS, attend_with
 from deepspec.targets.capture import capture_layers
 from deepspec.targets.fingerprint import fingerprint_of
-from deepspec.targets.layers import LayerMemory, inspect_layers
+from deepspec.targets.layers import LayerMemory, cache_argument, inspect_layers
 from deepspec.targets.probe import probe_family
 
 
@@ -41,7 +40,7 @@ class Target:
         self.adapter = adapter_for(model.config)
         self.model = model.eval().requires_grad_(False)
         self._decoder = self.adapter.decoder(model)
-        self.config: PreTrainedConfig = self._decoder.config
+        self.config = cast(PreTrainedConfig, self._decoder.config)
         self.name_or_path = name_or_path
         self.revision = revision
         self._layers = self.adapter.layers(model)
@@ -49,8 +48,7 @@ class Target:
         self.embedding_scale = self.adapter.embedding_scale(model)
         self.logit_scale = self.adapter.logit_scale(model)
         self.final_logit_softcapping = self.adapter.final_logit_softcapping(model)
-        parameters = inspect.signature(self._decoder.forward).parameters
-        self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self.cache_argument = cache_argument(self._decoder)
         self._fingerprint: str | None = None
         if self.config.model_type not in TESTED_FAMILIES:
             probe_family(self)
