@@ -11,9 +11,10 @@ from decoding_world import random_draft, random_target
 
 from deepspec.config import ConfigError
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, memory
-from deepspec.decoding.cache import bytes_per_slot
+from deepspec.decoding.cache import SlotCache
 from deepspec.decoding.policies import ConfidenceThreshold, PolicySetup, build_policy
 from deepspec.decoding.sps import load_table
+from deepspec.targets.attention import current_layout
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,8 +86,8 @@ def test_a_nan_among_rows_of_different_lengths(target, draft, broken_slot, tempe
     expected = engine.generate(requests)
     forward = target.forward
 
-    def failing(input_ids, position_ids, *args, span):
-        features = forward(input_ids, position_ids, *args, span=span)
+    def failing(*args):
+        features, span = forward(*args), current_layout()
         if engine.timing.rounds == 0 and span.longest > 2:  # the first one
             of_row = span.slot_of == broken_slot
             features.final[0, of_row] = torch.nan
@@ -108,9 +109,10 @@ def test_a_nan_among_rows_of_different_lengths(target, draft, broken_slot, tempe
 
 
 def test_slots_that_do_not_fit_the_memory(target, draft, monkeypatch):
-    each = bytes_per_slot(target.config, 64, torch.float32) + bytes_per_slot(draft.config, 64, torch.float32)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * each + 5)
     proposer = DSparkProposer(draft, target)
+    each = SlotCache.bytes_per_slot(target, 64, 1 + proposer.block_size) + proposer.bytes_per_slot(64)
+    assert each == 64 * 4 * (6 * 2 * 2 * 8 + 2 * 2 * 2 * 8)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * each + 5)
     message = r"decode.batch_size=4: the caches of so many slots of 64 positions need .* 3 would fit: lower"
     with pytest.raises(ConfigError, match=message):
         SpeculativeEngine(target, proposer, slots=4, max_length=64)

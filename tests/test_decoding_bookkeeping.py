@@ -13,7 +13,7 @@ from deepspec.decoding.cache import SlotCache, Span
 from deepspec.decoding.passes import target_pass
 from deepspec.decoding.policies import POLICIES, PolicySetup, build_policy
 from deepspec.decoding.sps import SpsTable
-from deepspec.targets import attend_with
+from deepspec.targets.attention import current_layout
 
 BLOCK, MAX_LENGTH = 3, 48
 TABLE = SpsTable([1, 8, 16], [1.0, 1 / 1.5, 1 / 3])
@@ -92,16 +92,16 @@ def test_a_span_of_equal_counts_is_the_one_that_names_them(count, starts):
 
 
 def stored(store, slot: int, length: int) -> torch.Tensor:
-    return torch.stack([tensor[slot, :, :length] for tensor in (*store.keys, *store.values)])
+    return torch.stack([tensor[slot, :, :length] for tensor in (*store.keys.values(), *store.values.values())])
 
 
 @torch.inference_mode()
 def fresh_caches(target, draft, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of target and draft from one pass over all these tokens."""
-    cache, proposer = SlotCache(target.config, 1, MAX_LENGTH, target.dtype, CPU), DSparkProposer(draft, target)
+    cache, proposer = SlotCache(target, 1, MAX_LENGTH, 1), DSparkProposer(draft, target)
     proposer.allocate(1, MAX_LENGTH)
-    with attend_with(target.config, "deepspec_slots"):
-        target_pass(target, proposer, cache, Span.of([0], [0], [len(tokens)], CPU), torch.tensor(tokens))
+    span = Span.of([0], [0], [len(tokens)], CPU)
+    target_pass(target, proposer, cache, span, torch.tensor(tokens), is_certain=True)
     return stored(cache.store, 0, len(tokens)), stored(proposer.store, 0, len(tokens))
 
 
@@ -174,10 +174,11 @@ def test_a_pass_never_holds_more_than_its_capacity(target, draft, policy, graphs
         decided.append((rows, lengths(confidences, rows)))
         return decided[-1][1]
 
-    def seen(input_ids, *args, span):
+    def seen(*args):
+        span = current_layout()
         if span.longest <= 1 + BLOCK and decided:
             computed.append(span.total)
-        return forward(input_ids, *args, span=span)
+        return forward(*args)
 
     monkeypatch.setattr(engine.policy, "lengths", counted)
     monkeypatch.setattr(target, "forward", seen)

@@ -23,6 +23,7 @@ from deepspec.decoding.memory import check_memory
 from deepspec.decoding.passes import target_pass
 from deepspec.decoding.penalties import seen_in
 from deepspec.decoding.policies import FixedLength, Policy
+from deepspec.decoding.probe import check_decodable
 from deepspec.decoding.proposers import Proposer
 from deepspec.decoding.requests import Completion, Request, Timing
 from deepspec.decoding.rounds import Batch, Outcome, Rounds, all_finite
@@ -61,8 +62,8 @@ class SpeculativeEngine:
             graphs: capture draft and verify passes as CUDA graphs; None = on a GPU.
 
         Raises:
-            ConfigError: there is no such verification rule, the policy needs confidences that the proposer has not, or
-                the caches of so many slots do not fit the memory; says how many do.
+            ConfigError: the target cannot be decoded, there is no such verification rule, the policy needs confidences
+                that the proposer has not, or the caches of so many slots do not fit the memory; says how many do.
         """
         _check_settings(proposer, slots, policy, verification)
         self.target = target
@@ -74,6 +75,7 @@ class SpeculativeEngine:
         self.policy = policy or FixedLength(self.block_size, target.device)
         self.timing = Timing()
         self._device = target.device
+        check_decodable(target)
         check_memory(target, proposer, slots, max_length)
         self._cache = SlotCache(target, slots, max_length, self.block_size + 1)
         if proposer:

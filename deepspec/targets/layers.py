@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from deepspec.config import ConfigError
+
 StateName = tuple[str, int]  # "conv" or "recurrent", and its number within the layer
 
 
@@ -80,6 +82,9 @@ def inspect_layers(layers: nn.ModuleList, run: Callable[[Cache], Any]) -> LayerM
 
     Args:
         run: a forward pass of a row of two or more tokens with this cache.
+
+    Raises:
+        ConfigError: a layer remembers in a way that the decoder has no cache for.
     """
     listener = _Listener()
     modules = [m for m in layers.modules() if isinstance(getattr(m, "layer_idx", None), int)]
@@ -126,6 +131,12 @@ class _Listener(Cache):
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
         return self._note(("recurrent", state_idx), recurrent_states, recurrent_states.shape[1:], layer_idx)
+
+    def update_indexer(self, *_: Any, **__: Any) -> Tensor:
+        raise ConfigError(
+            f"layers of {type(self._inside[-1]).__name__} choose what to attend by an index of keys of their own, for "
+            "which the decoder has no cache yet"
+        )
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return False

@@ -39,11 +39,7 @@ def probe_family(target: Target) -> None:
     if states is None or len(states) != target.num_layers + 1:
         found = "none" if states is None else len(states)
         raise _unsupported(target, f"{target.num_layers} layers gave {found} hidden states", "`layers`")
-    embedded = target.adapter.embedding(target.model)(ids)
-    if not isinstance(getattr(target.adapter.embedding(target.model), "scalar_embed_scale", None), float):
-        embedded = embedded * target.embedding_scale
     for what, ours, theirs, method in (
-        ("the input of the first layer is not the scaled embedding", embedded, states[0], "`embedding_scale`"),
         ("captured layers differ", features.context, torch.cat(states[:-1], dim=-1), "`layers`"),
         ("the state that its head reads differs", features.final, states[-1], "`decoder` and `final_norm`"),
         (
