@@ -137,7 +137,21 @@ def test_tokenizer_without_a_mask_token(training_world, tmp_path):
     tokenizer.save_pretrained(tmp_path / "target")
     config = changed(tiny_run(training_world, tmp_path / "run"), target={"path": str(tmp_path / "target")})
     checkpoint = train(config).checkpoint
-    assert load_draft(checkpoint).mask_token_id == tokenizer.convert_tokens_to_ids("<|mask|>")
+    assert load_draft(checkpoint).mask_token_id == len(tokenizer)  # the first row of the embedding without a token
+
+
+def test_what_engines_cannot_do_is_said_before_training(training_world, tmp_path, caplog):
+    train(tiny_run(training_world, tmp_path / "run", steps=1))
+    assert "engines cannot serve" not in caplog.text
+    train(tiny_run(training_world, tmp_path / "rnn", steps=1, draft={"markov_head_type": "rnn"}))
+    assert "engines cannot serve this draft as it is trained: vLLM has only the vanilla" in caplog.text
+
+
+def test_a_start_from_other_layers_fails_before_training(training_world, tmp_path):
+    config = tiny_run(training_world, tmp_path / "run", draft={"start_from_target": True, "intermediate_size": 20})
+    with pytest.raises(ConfigError, match=r"draft.start_from_target=true: layer 3 of the target, a Qwen3DecoderLayer"):
+        train(config)
+    assert newest_checkpoint(tmp_path / "run") is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must not be there")
