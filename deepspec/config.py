@@ -33,17 +33,22 @@ class TargetConfig:
 @dataclass
 class DraftConfig:
     algorithm: str = "dspark"  # dspark (sequential and confidence heads) or dflash (backbone alone)
+    architecture: str = "Qwen3DSparkModel"  # for every target; Gemma4DSparkModel only for Gemma 4 targets
     num_layers: int = 5  # draft decoder layers
+    num_heads: int | None = None  # attention heads; null = the target's where they fit (drafts/shapes.py)
+    num_kv_heads: int | None = None  # key/value heads, a divisor of the heads; null likewise
+    head_dim: int | None = None  # width of a head, even; null likewise
+    intermediate_size: int | None = None  # width of the MLP; null = the target's, 3 * hidden size for narrow experts
     block_size: int = 7  # gamma: tokens drafted per round
     target_layer_ids: list[int] | None = (
         None  # captured target layers, 0-based, -1 = embedding output; null = spread evenly
     )
-    mask_token_id: int | None = None  # token that fills the undrafted slots; null = the tokenizer's mask token
+    mask_token_id: int | None = None  # token that fills the undrafted slots; null = one that text does not contain
     markov_rank: int = 256  # r of the sequential head; 0 = no sequential head
     markov_head_type: str = "vanilla"  # vanilla, gated or rnn
     confidence_head: bool = True  # predict whether each drafted token survives
     confidence_head_with_markov: bool = True  # the confidence head also reads the previous token's Markov embedding
-    start_from_target: bool = False  # begin as the target's last layers and final norm instead of random weights
+    start_from_target: bool = False  # begin as the target's last layers and final norm; they must be like the draft's
     sliding_window: int | None = None  # a block sees only this many context tokens; null = all
 
 
@@ -185,6 +190,7 @@ class EvalRun:
 CHOICES: dict[str, tuple[str, ...]] = {
     "target.dtype": ("float32", "bfloat16", "float16"),
     "draft.algorithm": ("dspark", "dflash"),
+    "draft.architecture": ("Qwen3DSparkModel", "Gemma4DSparkModel"),
     "draft.markov_head_type": ("vanilla", "gated", "rnn"),
     "features.source": ("online", "cached", "served", "vllm"),
     "features.dtype": ("float32", "bfloat16", "float16"),
@@ -198,6 +204,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # (smallest, largest) allowed; None = unbounded.
 RANGES: dict[str, tuple[float | None, float | None]] = {
     "draft.num_layers": (1, None),
+    "draft.num_heads": (1, None),
+    "draft.num_kv_heads": (1, None),
+    "draft.head_dim": (2, None),
+    "draft.intermediate_size": (1, None),
     "draft.block_size": (1, 64),
     "draft.markov_rank": (0, None),
     "draft.sliding_window": (1, None),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import Gemma4TextConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from deepspec.data.packing import Sample, TokenBatch, lay_out
 from deepspec.drafts import DSparkModel, build_draft, build_draft_config, load_draft
@@ -91,7 +91,11 @@ def tiny_target_config(family: str = "qwen3", **changes: Any) -> PreTrainedConfi
         "bos_token_id": None,
         "eos_token_id": None,
     }
-    return {"qwen3": Qwen3Config, "llama": LlamaConfig}[family](**(settings | changes))
+    if family == "gemma4":
+        settings |= {"global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+        settings |= {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 61, "final_logit_softcapping": 3.0}
+    classes = {"qwen3": Qwen3Config, "llama": LlamaConfig, "gemma4": Gemma4TextConfig}
+    return classes[family](**(settings | changes))
 
 
 def tiny_draft_config(target_config: PreTrainedConfig | None = None, **changes: Any) -> PreTrainedConfig:
@@ -111,12 +115,28 @@ def tiny_draft_config(target_config: PreTrainedConfig | None = None, **changes: 
     return build_draft_config(target_config or tiny_target_config(), **(settings | changes))
 
 
+def old_llama_config(target_changes: dict[str, Any], **changes: Any) -> PreTrainedConfig:
+    """That of a draft from before every draft was Qwen3-shaped: its Llama target's with the draft's fields."""
+    fields = tiny_draft_config(tiny_target_config("llama"), **changes).to_dict() | target_changes
+    fields |= {"model_type": "llama", "architectures": ["LlamaDSparkModel"]}
+    return LlamaConfig.from_dict(fields)
+
+
 @pytest.fixture
 def tiny_draft() -> Callable[..., DSparkModel]:
-    """`tiny_draft(family="qwen3", **changes)`: a draft in which no weight is zero or one, so that nothing hides."""
+    """`tiny_draft(family="qwen3", **changes)`: a draft in which no weight is zero or one, so that nothing hides.
+
+    The draft is of the family itself: Qwen3DSparkModel, Gemma4DSparkModel, or the old LlamaDSparkModel.
+    """
 
     def make(family: str = "qwen3", target_changes: dict[str, Any] | None = None, **changes: Any) -> DSparkModel:
-        draft = build_draft(tiny_draft_config(tiny_target_config(family, **(target_changes or {})), **changes))
+        if family == "llama":
+            config = old_llama_config(target_changes or {}, **changes)
+        else:
+            architecture = {"qwen3": "Qwen3DSparkModel", "gemma4": "Gemma4DSparkModel"}[family]
+            target_config = tiny_target_config(family, **(target_changes or {}))
+            config = tiny_draft_config(target_config, **({"architecture": architecture} | changes))
+        draft = build_draft(config)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in draft.parameters():

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from conftest import TinyBatch, tiny_draft_config, tiny_target_config
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
 from deepspec.config import ConfigError
 from deepspec.drafts import DSparkModel, build_draft
-from deepspec.targets import Target
 
 MakeDraft = Callable[..., DSparkModel]
+SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 VARIANTS = [
     {},
     {"family": "llama"},
     {"family": "llama", "target_changes": {"attention_bias": True, "mlp_bias": True}},
+    {"family": "gemma4"},
+    {"family": "gemma4", "target_changes": {"attention_k_eq_v": False}},
+    {"embedding_scale": 5.0},
+    {"num_heads": 3, "num_kv_heads": 1, "head_dim": 12, "intermediate_size": 20},
     {"sliding_window": 4},
     {"block_size": 1},
 ]
@@ -58,7 +63,7 @@ def test_context_projected_piece_by_piece_is_the_same(tiny_draft: MakeDraft, tin
         torch.testing.assert_close(values[:, :, 10:], tail_values, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma4", "llama"])
 def test_a_block_sees_nothing_from_its_anchor_on(tiny_draft: MakeDraft, tiny_batch: TinyBatch, family: str) -> None:
     draft = tiny_draft(family)
     before = run(draft, tiny_batch)
@@ -144,12 +149,35 @@ def test_llama_layers_have_the_biases_the_target_has_and_no_head_norms(tiny_draf
     assert added == attention | {f"mlp.{name}_proj.bias" for name in ("gate", "up", "down")}
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_the_embedding_is_scaled(tiny_draft: MakeDraft, tiny_batch: TinyBatch) -> None:
+    scaled, plain = tiny_draft(embedding_scale=5.0), tiny_draft()
+    assert not torch.allclose(run(scaled, tiny_batch), run(plain, tiny_batch))
+    plain.embed_tokens.weight.mul_(5)
+    torch.testing.assert_close(run(scaled, tiny_batch), run(plain, tiny_batch))
+
+
+def full_attention_gemma() -> PreTrainedConfig:
+    return tiny_target_config("gemma4", layer_types=["full_attention"] * 6)
+
+
+class RandomTarget:
+    """What a draft takes from its target, of any family."""
+
+    def __init__(self, config: PreTrainedConfig):
+        torch.manual_seed(0)
+        self.model = AutoModelForCausalLM.from_config(config)
+        self.embedding_weight = self.model.get_input_embeddings().weight
+        self.head_weight = self.model.get_output_embeddings().weight
+        self.decoder_layers = self.model.model.layers
+        self.final_norm = self.model.model.norm
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma4"])
 def test_a_draft_can_start_as_the_end_of_its_target(family: str) -> None:
-    torch.manual_seed(0)
-    config = tiny_target_config(family)
-    target = Target(AutoModelForCausalLM.from_config(config), "tiny")
-    draft = build_draft(tiny_draft_config(config), target)
+    config = full_attention_gemma() if family == "gemma4" else tiny_target_config()
+    architecture = {"qwen3": "Qwen3DSparkModel", "gemma4": "Gemma4DSparkModel"}[family]
+    target = RandomTarget(config)
+    draft = build_draft(tiny_draft_config(config, architecture=architecture), target)
     before = draft.fc.weight.clone()
     draft.start_from_target(target)
     for mine, theirs in zip(draft.layers, target.decoder_layers[-len(draft.layers) :], strict=True):
@@ -158,6 +186,58 @@ def test_a_draft_can_start_as_the_end_of_its_target(family: str) -> None:
     added = draft.fc.weight - before
     torch.testing.assert_close(added[:, -config.hidden_size :], torch.eye(config.hidden_size))
     assert not added[:, : -config.hidden_size].any()
-    deep = build_draft(tiny_draft_config(config, num_layers=config.num_hidden_layers + 1), target)
-    with pytest.raises(ConfigError, match=f"draft.num_layers={config.num_hidden_layers + 1}: .* at most the target's"):
+    layers = config.num_hidden_layers + 1
+    deep = build_draft(tiny_draft_config(config, architecture=architecture, num_layers=layers), target)
+    with pytest.raises(ConfigError, match=f"draft.num_layers={layers}: .* at most the target's"):
         deep.start_from_target(target)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (
+            tiny_target_config("llama"),
+            {},
+            r"layer 4 of the target, a LlamaDecoderLayer, lacks self_attn.k_norm.weight, self_attn.q_norm.weight of",
+        ),
+        (
+            Qwen2Config(**SIZES, num_hidden_layers=6),
+            {},
+            r"layer 4 of the target, a Qwen2DecoderLayer, lacks self_attn.k_norm.weight, self_attn.q_norm.weight of",
+        ),
+        (
+            tiny_target_config(attention_bias=True),
+            {},
+            r"a Qwen3DecoderLayer, has self_attn.k_proj.bias, .*, unlike a layer of Qwen3DSparkModel; set draft",
+        ),
+        (tiny_target_config(), {"intermediate_size": 20}, r"has mlp.gate_proj.weight \[48, 32\] instead of \[20, 32\]"),
+    ],
+)
+def test_a_target_with_other_layers_is_no_start(
+    config: PreTrainedConfig, changes: dict[str, Any], message: str
+) -> None:
+    target = RandomTarget(config)
+    draft = build_draft(tiny_draft_config(config, **changes), target)
+    before = {name: value.clone() for name, value in draft.state_dict().items()}
+    with pytest.raises(ConfigError, match="draft.start_from_target=true: .*" + message):
+        draft.start_from_target(target)
+    assert all(torch.equal(value, before[name]) for name, value in draft.state_dict().items())
+
+
+def test_gemma_layers_are_those_of_the_target(tiny_batch: TinyBatch) -> None:
+    """A block of one slot with an empty context attends itself alone, as the first token of a text does."""
+    config = full_attention_gemma()
+    target = RandomTarget(config)
+    with torch.no_grad():
+        for parameter in target.model.parameters():  # norms and scalars that are all one would hide a mistake
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+        for name, buffer in target.model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.fill_(0.7)
+    draft = build_draft(tiny_draft_config(config, architecture="Gemma4DSparkModel", num_layers=6, block_size=1), target)
+    draft.start_from_target(target)
+    token = torch.tensor([[7]])
+    hidden = draft(token, torch.zeros(1, 1).long(), torch.zeros(1, 1, 96), torch.tensor([[0]]), torch.tensor([[True]]))
+    with torch.no_grad():
+        expected = target.model(token).logits[0, 0]
+    torch.testing.assert_close(draft.base_logits(hidden)[0, 0, 0], expected, rtol=1e-4, atol=1e-4)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_draft_config, tiny_target_config
-from transformers import GPT2Config, Qwen3Config
+from conftest import old_llama_config, tiny_draft_config, tiny_target_config
+from transformers import NemotronHConfig, PreTrainedConfig, Qwen3Config, Qwen3NextConfig, ViTConfig
 
 from deepspec.config import ConfigError
-from deepspec.drafts import DraftSettings, build_draft, default_layer_ids
+from deepspec.drafts import DraftSettings, build_draft, default_layer_ids, engine_limits
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,15 @@ def test_default_layers_are_the_published_ones(depth: int, expected: list[int]) 
         ({"num_layers": 0}, "draft.num_layers=0: must be at least 1"),
         ({"num_anchors": 0}, "train.num_anchors=0: must be at least 1"),
         ({"sliding_window": 0}, "draft.sliding_window=0: must be at least 1"),
+        ({"num_heads": 0}, "draft.num_heads=0: must be at least 1"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "draft.num_kv_heads=3: must divide the number of heads, which is 4"),
+        ({"head_dim": 7}, "draft.head_dim=7: must be even"),
+        ({"intermediate_size": 0}, "draft.intermediate_size=0: must be at least 1"),
+        (
+            {"architecture": "Qwen3DSpark"},
+            "draft.architecture=Qwen3DSpark: must be one of Qwen3DSparkModel, Gemma4DSparkModel.*'Qwen3DSparkModel'",
+        ),
+        ({"architecture": "Gemma4DSparkModel"}, "only for Gemma 4 targets, and this is qwen3; set Qwen3DSparkModel"),
         ({"mask_token_id": 61}, "draft.mask_token_id=61: must be a token of the target, 0 to 60"),
         ({"mask_token_id": -1}, "draft.mask_token_id=-1"),
         ({"mask_token_id": None}, "draft.mask_token_id=None"),
@@ -62,36 +72,119 @@ def test_impossible_values_name_key_value_and_what_is_allowed(changes: dict[str,
 
 
 def test_impossible_targets() -> None:
-    with pytest.raises(ConfigError, match=r"num_attention_heads=4 of the target: must be a multiple of .*=3"):
-        tiny_draft_config(tiny_target_config(num_key_value_heads=3))
-    with pytest.raises(
-        ConfigError, match="model_type=gpt2: no draft layers for this family; supported are qwen3, llama"
-    ):
-        tiny_draft_config(GPT2Config())
+    with pytest.raises(ConfigError, match=r"vocab_size is missing in the target's config \(model_type vit\)"):
+        tiny_draft_config(ViTConfig())
+
+
+def test_gemma_drafts_take_gemma_settings_only() -> None:
+    target = tiny_target_config("gemma4")
+    with pytest.raises(ConfigError, match=r"draft.sliding_window=9: Gemma4DSparkModel has full attention only"):
+        tiny_draft_config(target, architecture="Gemma4DSparkModel", sliding_window=9)
+    with pytest.raises(ConfigError, match=r"its embedding is scaled by sqrt\(hidden size\), that of the target by 3"):
+        tiny_draft_config(target, architecture="Gemma4DSparkModel", embedding_scale=3.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (Qwen3NextConfig(num_hidden_layers=48), [1, 12, 23, 34, 45]),
+        (NemotronHConfig(layers_block_type=["mamba", "moe"] * 24 + ["attention", "mlp"] * 2), [1, 13, 25, 37, 49]),
+    ],
+)
+def test_hybrids_are_captured_evenly_too(target: PreTrainedConfig, expected: list[int]) -> None:
+    assert tiny_draft_config(target, target_layer_ids=None).target_layer_ids == expected
 
 
 def test_the_target_does_not_leak() -> None:
     target = tiny_target_config(
-        use_sliding_window=True, sliding_window=16, max_window_layers=2, quantization_config={"bits": 4}
+        use_sliding_window=True,
+        sliding_window=16,
+        max_window_layers=2,
+        quantization_config={"bits": 4},
+        attention_bias=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
     )
     assert "sliding_attention" in target.layer_types
     before = target.to_dict()
-    config = tiny_draft_config(target, sliding_window=9)
-    assert isinstance(config, Qwen3Config)
+    config = tiny_draft_config(target)
+    assert type(config) is Qwen3Config
+    assert config.architectures == ["Qwen3DSparkModel"]
     assert (config.num_hidden_layers, config.num_target_layers) == (2, 6)
     assert config.layer_types == ["full_attention"] * 2
-    assert (config.use_sliding_window, config.sliding_window) == (False, None)
-    assert DraftSettings.of(config).context_window == 9
+    assert (config.use_sliding_window, config.sliding_window, config.attention_bias) == (False, None, False)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 5e5}
     assert not hasattr(config, "quantization_config")
     assert config.tie_word_embeddings is False
+    assert config.sample_from_anchor is True
     assert target.to_dict() == before
 
 
-def test_fields_follow_the_heads() -> None:
+def test_a_window_is_written_as_engines_read_it() -> None:
+    config = tiny_draft_config(sliding_window=9)
+    assert config.layer_types == ["sliding_attention"] * 2
+    assert (config.use_sliding_window, config.sliding_window, config.is_causal) == (True, 9, False)
+    assert config.dflash_config == {"causal": False}
+    assert DraftSettings.of(config).context_window == 9
+    assert DraftSettings.of(tiny_draft_config()).context_window is None
+    config.is_causal = None
+    assert DraftSettings.of(config).context_window == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_causal": True}, "the slots of this draft do not see those behind them"),
+        ({"is_causal": None, "dflash_config": {}}, "the slots of this draft do not see those behind them"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "all layers of a draft must be full_attention, or"),
+        ({"sample_from_anchor": False}, "sample_from_anchor=false: the first slot of this draft predicts nothing"),
+    ],
+)
+def test_drafts_of_another_kind_are_refused(changes: dict[str, Any], message: str) -> None:
+    config = tiny_draft_config(sliding_window=9)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ConfigError, match=message):
+        DraftSettings.of(config)
+
+
+def test_fields_follow_the_heads_and_the_target() -> None:
     plain = tiny_draft_config(algorithm="dflash", markov_rank=0, confidence_head=False).to_dict()
     assert plain["draft_algorithm"] == "dflash"
-    assert not {"markov_head_type", "confidence_head_with_markov", "draft_context_window"} & plain.keys()
-    assert "draft_context_window" not in tiny_draft_config().to_dict()
+    fields = {"embedding_scale", "logit_scale", "final_logit_softcapping", "is_causal", "dflash_config"}
+    assert not ({"markov_head_type", "confidence_head_with_markov"} | fields) & plain.keys()
+    settings = DraftSettings.of(tiny_draft_config())
+    assert (settings.embedding_scale, settings.logit_scale, settings.logit_softcap) == (1, 1, None)
+    scaled = tiny_draft_config(embedding_scale=6.0, logit_scale=0.25, final_logit_softcapping=30.0)
+    assert (scaled.embedding_scale, scaled.logit_scale, scaled.final_logit_softcapping) == (6, 0.25, 30)
+    settings = DraftSettings.of(scaled)
+    assert (settings.embedding_scale, settings.logit_scale, settings.logit_softcap) == (6, 0.25, 30)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, []),
+        ({"sliding_window": 9}, []),
+        ({"embedding_scale": 6.0}, [r"vLLM and SGLang do not scale its embedding \(embedding_scale=6\)"]),
+        (
+            {"logit_scale": 0.25, "final_logit_softcapping": 30.0},
+            [r"do not cap its logits \(final_logit_softcapping=30\)", r"SGLang does not scale its logits"],
+        ),
+        ({"markov_head_type": "rnn"}, [r"vLLM has only the vanilla sequential head \(markov_head_type=rnn\)"]),
+        ({"algorithm": "dflash", "markov_rank": 0, "confidence_head": False}, ["without a sequential head"]),
+    ],
+)
+def test_what_engines_cannot_do_is_said(changes: dict[str, Any], expected: list[str]) -> None:
+    limits = engine_limits(tiny_draft_config(**changes))
+    assert len(limits) == len(expected)
+    for limit, pattern in zip(limits, expected, strict=True):
+        assert re.search(pattern, limit)
+
+
+def test_what_engines_cannot_do_with_other_architectures() -> None:
+    assert engine_limits(old_llama_config({})) == ["no engine has LlamaDSparkModel"]
+    gemma = tiny_draft_config(tiny_target_config("gemma4"), architecture="Gemma4DSparkModel")
+    assert [limit.split()[0] for limit in engine_limits(gemma)] == ["SGLang", "vLLM"]
 
 
 def test_configs_without_our_fields_say_which_algorithm() -> None:

@@ -76,6 +76,7 @@ def test_config_on_disk_equals_the_published_one(
     ours = json.loads((tmp_path / "config.json").read_text())
     published = json.loads((goldens / f"ckpt_{golden.name}" / "config.json").read_text())
     added = {
+        "sample_from_anchor": True,
         "target_model_name_or_path": "some/target",
         "target_revision": "main",
         "target_fingerprint": "abc",

@@ -35,12 +35,13 @@ def folder(goldens: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(goldens / "ckpt_dspark_vanilla", tmp_path / "published"))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma4", "llama"])
 @pytest.mark.parametrize("head_type", ["vanilla", "gated", "rnn"])
 def test_roundtrip_is_bitwise(
     tiny_draft: MakeDraft, tiny_batch: TinyBatch, tmp_path: Path, family: str, head_type: str
 ) -> None:
-    draft = tiny_draft(family, markov_head_type=head_type, sliding_window=6)
+    window = {} if family == "gemma4" else {"sliding_window": 6}
+    draft = tiny_draft(family, markov_head_type=head_type, **window)
     draft.save_pretrained(tmp_path)
     loaded = deepspec.load_draft(tmp_path)
     assert type(loaded) is type(draft)
@@ -97,6 +98,25 @@ def test_a_sharded_draft_loads(tiny_draft: MakeDraft, tmp_path: Path) -> None:
 def test_published_configs_lack_our_fields(goldens: Path, golden_target: Target, folder: Path) -> None:
     assert load_draft(folder, target=golden_target).algorithm == "dspark"
     assert load_draft(goldens / "ckpt_dflash", target=golden_target).algorithm == "dflash"
+
+
+def test_a_published_gemma_draft_keeps_its_sizes_apart_for_full_attention(
+    tiny_draft: MakeDraft, tiny_batch: TinyBatch, tmp_path: Path
+) -> None:
+    draft = tiny_draft("gemma4")
+    draft.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["Gemma4DSparkModel"]
+    assert (config.pop("head_dim"), config.pop("num_key_value_heads")) == (16, 1)
+    config.pop("per_layer_config")
+    config |= {"head_dim": 8, "global_head_dim": 16, "num_key_value_heads": 2, "num_global_key_value_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_draft(tmp_path)
+    assert (loaded.config.head_dim, loaded.config.num_key_value_heads) == (16, 1)
+    arguments = tiny_batch.for_backbone()
+    assert torch.equal(draft(**arguments), loaded(**arguments))
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(draft(**arguments), load_draft(tmp_path / "again")(**arguments))
 
 
 def test_truncated_weights_name_the_file(folder: Path) -> None:

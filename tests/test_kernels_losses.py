@@ -15,6 +15,7 @@ import pytest
 import torch
 from losses_driver import TRAINED, UPSTREAM, outputs
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -97,6 +98,10 @@ FLOAT32: dict[str, Inputs] = {
     "largest logits in the second block": likely_at_the_end(random_inputs(5, 4099, 16)),
     "vocabulary of one block": random_inputs(5, 128),
     "impossible token": impossible_token(),
+    "scaled": random_inputs(logit_scale=0.3),
+    "capped": random_inputs(softcap=2.0),
+    "scaled and capped": random_inputs(5, 4099, 16, logit_scale=0.7, softcap=3.0),
+    "capped dflash": random_inputs(**NO_MARKOV, **NO_TARGET, softcap=2.0),
 }
 BF16 = {
     "dspark bf16": in_dtype(random_inputs(12), torch.bfloat16),
@@ -106,6 +111,8 @@ BF16 = {
     "all bf16": in_dtype(
         random_inputs(12), torch.bfloat16, ("hidden", "latents", "head", "markov_w2", "target_hidden")
     ),
+    "scaled and capped bf16": in_dtype(random_inputs(12, logit_scale=0.5, softcap=3.0), torch.bfloat16),
+    "capped dflash bf16": in_dtype(random_inputs(12, **NO_MARKOV, **NO_TARGET, softcap=3.0), torch.bfloat16),
     "head in float32": in_dtype(random_inputs(12), torch.bfloat16, ("hidden", "latents", "target_hidden")),
 }
 CHUNKS = (1, 3, 100)
@@ -182,6 +189,36 @@ def assert_close(ours: dict[str, Tensor], plain: dict[str, Tensor], tolerance: f
 @pytest.mark.parametrize("case", FLOAT32)
 def test_chunked_equals_the_plain_formulation(case: str, chunk_rows: int) -> None:
     assert_close(outputs(FLOAT32[case], "chunked", chunk_rows), outputs(FLOAT32[case], "reference"), 1e-5)
+
+
+@pytest.mark.parametrize("case", ["dspark", "scaled and capped", "capped dflash"])
+def test_the_plain_formulation_is_the_papers_with_the_targets_scale_and_cap(case: str) -> None:
+    inputs = FLOAT32[case]
+    exact = {
+        name: value.double() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    leaves = {name: exact[name].requires_grad_() for name in TRAINED if exact[name] is not None}
+    scale, cap = inputs.get("logit_scale", 1.0), inputs.get("softcap")
+
+    def logits_of(states: Tensor) -> Tensor:
+        logits = scale * states @ exact["head"].T
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    logits = logits_of(exact["hidden"])
+    if exact["latents"] is not None:
+        logits = logits + scale * exact["latents"] @ exact["markov_w2"].T
+    drafted = logits.softmax(-1)
+    loss = inputs["ce_scale"] * functional.cross_entropy(logits, exact["targets"], reduction="none")
+    if exact["target_hidden"] is not None:
+        wanted = logits_of(exact["target_hidden"]).softmax(-1)
+        loss = loss + inputs["tv_scale"] * (drafted - wanted).abs().sum(-1)
+    (UPSTREAM * (exact["weights"] * loss).sum()).backward()
+    expected = {"loss": (exact["weights"] * loss).sum().detach().float()}
+    expected |= {name: leaf.grad.float() for name, leaf in leaves.items()}
+    for implementation in ("reference", "chunked"):
+        ours = outputs(inputs, implementation, 3)
+        assert_close({name: ours[name] for name in expected}, expected, 1e-5)
 
 
 @needs_triton
@@ -326,7 +363,7 @@ class LargestNewTensor(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("changes", [{}, NO_MARKOV | NO_TARGET])
+@pytest.mark.parametrize("changes", [{}, NO_MARKOV | NO_TARGET, {"softcap": 2.0}])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_neither_all_logits_nor_a_copy_of_the_head_ever_exist(
     dtype: torch.dtype, changes: Inputs, autocast: bool, monkeypatch: pytest.MonkeyPatch
@@ -364,6 +401,24 @@ def test_the_kernel_compiles_for_a_gpu(
     signature = {name: types.get(name, "constexpr") for name in _losses_of_row.arg_names}
     compiled = triton.compile(ASTSource(_losses_of_row, signature, constants), target=GPUTarget("cuda", 90, 32))
     assert compiled.asm["cubin"]
+
+
+@needs_triton
+@pytest.mark.skipif(bool(os.environ.get("TRITON_INTERPRET")), reason="the interpreter replaces what is compiled here")
+@pytest.mark.parametrize("gradient", ["*fp32", "*bf16"])
+def test_the_cap_compiles_for_a_gpu(gradient: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from deepspec.kernels.losses_triton import _cap, _multiply_by_slope
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {"logits": "*fp32", "gradient": gradient, "cap": "fp32", "elements": "i64"}
+    for kernel in (_cap, _multiply_by_slope):
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        compiled = triton.compile(ASTSource(kernel, signature, {"BLOCK": 4096}), target=GPUTarget("cuda", 90, 32))
+        assert compiled.asm["cubin"]
 
 
 def on_gpu(inputs: Inputs) -> Inputs:

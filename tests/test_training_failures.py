@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from deepspec.checkpoints import CheckpointError, checkpoint_folder, newest_checkpoint
 from deepspec.config import ConfigError
 from deepspec.data.jsonl import DataError
+from deepspec.drafts import load_draft
 from deepspec.training import train
 from deepspec.training.log import read_metrics
 from deepspec.training.objective import DraftTrainingModule
@@ -135,8 +136,22 @@ def test_tokenizer_without_a_mask_token(training_world, tmp_path):
     tokenizer.mask_token = None
     tokenizer.save_pretrained(tmp_path / "target")
     config = changed(tiny_run(training_world, tmp_path / "run"), target={"path": str(tmp_path / "target")})
-    with pytest.raises(ConfigError, match=r"draft.mask_token_id=null: the tokenizer has no mask token"):
+    checkpoint = train(config).checkpoint
+    assert load_draft(checkpoint).mask_token_id == len(tokenizer)  # the first row of the embedding without a token
+
+
+def test_what_engines_cannot_do_is_said_before_training(training_world, tmp_path, caplog):
+    train(tiny_run(training_world, tmp_path / "run", steps=1))
+    assert "engines cannot serve" not in caplog.text
+    train(tiny_run(training_world, tmp_path / "rnn", steps=1, draft={"markov_head_type": "rnn"}))
+    assert "engines cannot serve this draft as it is trained: vLLM has only the vanilla" in caplog.text
+
+
+def test_a_start_from_other_layers_fails_before_training(training_world, tmp_path):
+    config = tiny_run(training_world, tmp_path / "run", draft={"start_from_target": True, "intermediate_size": 20})
+    with pytest.raises(ConfigError, match=r"draft.start_from_target=true: layer 3 of the target, a Qwen3DecoderLayer"):
         train(config)
+    assert newest_checkpoint(tmp_path / "run") is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU that must not be there")

@@ -175,7 +175,7 @@ def draw_block(
         of_slot = None if uniform is None else uniform[:, here]
         if is_fused:
             into = None if drawn_from is None else drawn_from[:, slot]
-            token = _draw_fused(head, logits[:, slot], latent[:, 0], settings, of_slot, into)
+            token = _draw_fused(head, logits[:, slot], head.scaled(latent[:, 0]), settings, of_slot, into)
         else:
             biased = logits[:, here] + head.bias(latent)
             token, distribution = draw(penalty.apply(biased) if penalty else biased, settings, of_slot)
@@ -195,7 +195,10 @@ def _draw_fused(
     uniform: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """`draw` with the bias of a slot in one kernel: logits [rows, vocab], latents [rows, rank] -> tokens [rows, 1]."""
+    """`draw` with the bias of a slot in one kernel.
+
+    Logits [rows, vocab] and latents [rows, rank], both scaled -> tokens [rows, 1].
+    """
     table = head.markov_w2.weight
     if uniform is None:
         return argmax_biased(logits, latents, table)[:, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
@@ -21,18 +22,21 @@ class DraftAttention(nn.Module):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = head_dim_of(config)
         width, bias = config.hidden_size, getattr(config, "attention_bias", False)
+        keys_are_values = getattr(config, "attention_k_eq_v", False)
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = None if keys_are_values else nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias)
         self.q_norm = family.norm(self.head_dim, eps=config.rms_norm_eps) if family.query_key_norm else None
         self.k_norm = family.norm(self.head_dim, eps=config.rms_norm_eps) if family.query_key_norm else None
+        self.v_norm = family.value_norm(self.head_dim, eps=config.rms_norm_eps) if family.value_norm else None
+        self.scale = self.head_dim**-0.5 if family.attention_scale is None else family.attention_scale
 
     def key_values(self, states: Tensor, rotation: Rotation) -> KeyValue:
         """Keys and values of context states [batch, tokens, hidden]."""
-        keys = self._split(self.k_proj(states), self.k_norm)
+        keys, values = self._project(states)
         _, keys = self.apply_rotary(keys[:, :0], keys, *rotation)
-        return keys, self._split(self.v_proj(states), None)
+        return keys, values
 
     def forward(self, hidden: Tensor, rotation: Rotation, context: KeyValue, spans: ContextSpans) -> Tensor:
         """Attend.
@@ -48,19 +52,23 @@ class DraftAttention(nn.Module):
         """
         blocks = hidden.shape[1:3]
         flat = hidden.flatten(1, 2)
-        queries, keys = self.apply_rotary(
-            self._split(self.q_proj(flat), self.q_norm), self._split(self.k_proj(flat), self.k_norm), *rotation
-        )
-        values = self._split(self.v_proj(flat), None)
+        queries, (keys, values) = self._split(self.q_proj(flat), self.q_norm), self._project(flat)
+        queries, keys = self.apply_rotary(queries, keys, *rotation)
         attended = block_attention(
             queries.unflatten(2, blocks),
             *context,
             keys.unflatten(2, blocks),
             values.unflatten(2, blocks),
             spans,
-            self.head_dim**-0.5,
+            self.scale,
         )
         return self.o_proj(attended.permute(0, 2, 3, 1, 4).flatten(3))
+
+    def _project(self, states: Tensor) -> KeyValue:
+        """Keys before their rotation, and values."""
+        projected = self.k_proj(states)
+        values = projected if self.v_proj is None else self.v_proj(states)
+        return self._split(projected, self.k_norm), self._split(values, self.v_norm)
 
     def _split(self, projected: Tensor, norm: nn.Module | None) -> Tensor:
         """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]"""
@@ -82,3 +90,21 @@ class DraftLayer(nn.Module):
         """Same shapes as `DraftAttention.forward`."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), rotation, context, spans)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class SandwichDraftLayer(DraftLayer):
+    """Gemma 4's: norms also behind attention and MLP, and a fixed factor on the layer's output."""
+
+    layer_scalar: Tensor
+
+    def __init__(self, config: PreTrainedConfig, family: Family):
+        super().__init__(config, family)
+        self.pre_feedforward_layernorm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_feedforward_layernorm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.register_buffer("layer_scalar", torch.ones(1))
+
+    def forward(self, hidden: Tensor, rotation: Rotation, context: KeyValue, spans: ContextSpans) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(hidden), rotation, context, spans)
+        hidden = hidden + self.post_attention_layernorm(attended)
+        hidden = hidden + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
+        return hidden * self.layer_scalar

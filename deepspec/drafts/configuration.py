@@ -1,23 +1,25 @@
-"""The config of a draft: the target's own config class with the fields of a DeepSpec checkpoint set."""
+"""The config of a draft: Qwen3-shaped for every target, with the fields of a DeepSpec checkpoint set."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import Gemma4TextConfig, PreTrainedConfig, Qwen3Config
 
 from deepspec.config import ConfigError, near_match
 from deepspec.drafts.families import family_of
+from deepspec.drafts.shapes import LayerShape, layer_shape, norm_epsilon, plain_rope, position_limit
 
 ALGORITHMS = ("dspark", "dflash")
 HEAD_TYPES = ("vanilla", "gated", "rnn")
-ARCHITECTURES = {"qwen3": "Qwen3DSparkModel", "llama": "LlamaDSparkModel"}
+QWEN3, GEMMA4 = "Qwen3DSparkModel", "Gemma4DSparkModel"
+# By model_type. LlamaDSparkModel is loaded, never written: no engine has it.
+ARCHITECTURES = {"qwen3": QWEN3, "gemma4_text": GEMMA4, "llama": "LlamaDSparkModel"}
 DEFAULT_CAPTURED_LAYERS = 5
-# Of the target, and wrong in a draft: another depth, quantised weights, another class.
-TARGET_ONLY_FIELDS = ("quantization_config", "auto_map", "_name_or_path", "transformers_version", "architectures")
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,33 @@ class DraftSettings:
     markov_head_type: str
     confidence_head: bool
     confidence_head_with_markov: bool
-    context_window: int | None
+    context_window: int | None  # tokens before the anchor that a block sees; None = all
+    embedding_scale: float  # factor of the embedding's rows
+    logit_scale: float  # factor of the head's logits and of the sequential head's bias
+    logit_softcap: float | None  # c in c * tanh(logit / c), before the bias; None = off
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> DraftSettings:
         """Read a draft's config.
 
+        A context window W is what engines call sliding attention without causality: every slot of a block sees the W
+        tokens before the anchor, as in the training mask of `speculators`. vLLM counts from each query, so its slot k
+        (from 0) sees k tokens fewer.
+
         Raises:
-            ConfigError: it is not the config of a DSpark or DFlash draft.
+            ConfigError: it is not the config of a DSpark or DFlash draft, or it asks for what DeepSpec does not have.
         """
         missing = [key for key in ("block_size", "mask_token_id", "target_layer_ids") if not hasattr(config, key)]
         if missing:
             raise ConfigError(f"not the config of a DSpark or DFlash draft: {', '.join(missing)} missing")
+        if not getattr(config, "sample_from_anchor", True):
+            raise ConfigError(
+                "sample_from_anchor=false: the first slot of this draft predicts nothing; DeepSpec uses only drafts in "
+                "which it predicts the token after the anchor"
+            )
         rank = getattr(config, "markov_rank", 0)
         confidence = getattr(config, "enable_confidence_head", False)
+        implied_scale = config.hidden_size**0.5 if family_of(config).scales_embedding else 1.0
         return cls(
             algorithm=getattr(config, "draft_algorithm", None) or ("dspark" if rank or confidence else "dflash"),
             block_size=config.block_size,
@@ -59,8 +74,29 @@ class DraftSettings:
             confidence_head_with_markov=bool(
                 confidence and rank and getattr(config, "confidence_head_with_markov", False)
             ),
-            context_window=getattr(config, "draft_context_window", None),
+            context_window=_context_window(config),
+            embedding_scale=getattr(config, "embedding_scale", implied_scale),
+            logit_scale=getattr(config, "logit_scale", 1.0),
+            logit_softcap=getattr(config, "final_logit_softcapping", None),
         )
+
+
+def _context_window(config: PreTrainedConfig) -> int | None:
+    """Read as vLLM reads it: `is_causal`, then `dflash_config.causal`; else sliding layers are causal, full are not."""
+    types = getattr(config, "layer_types", None) or [FULL]
+    if len(set(types)) > 1 or types[0] not in (FULL, SLIDING):
+        raise ConfigError(
+            f"layer_types={types}: all layers of a draft must be {FULL}, or all {SLIDING}; DeepSpec has no other draft"
+        )
+    is_causal = getattr(config, "is_causal", None)
+    if is_causal is None:
+        is_causal = (getattr(config, "dflash_config", None) or {}).get("causal", types[0] == SLIDING)
+    if is_causal:
+        raise ConfigError(
+            "the slots of this draft do not see those behind them (is_causal, or sliding_attention without "
+            'dflash_config {"causal": false}); DeepSpec has no such draft'
+        )
+    return config.sliding_window if types[0] == SLIDING else None
 
 
 def build_draft_config(
@@ -76,49 +112,73 @@ def build_draft_config(
     confidence_head: bool,
     confidence_head_with_markov: bool,
     num_anchors: int,
+    architecture: str = QWEN3,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    head_dim: int | None = None,
+    intermediate_size: int | None = None,
     sliding_window: int | None = None,
+    embedding_scale: float = 1.0,
+    logit_scale: float = 1.0,
+    final_logit_softcapping: float | None = None,
     target_model_name_or_path: str | None = None,
     target_revision: str | None = None,
     target_fingerprint: str | None = None,
 ) -> PreTrainedConfig:
-    """The config of a draft for this target. Reads no weights.
+    """The config of a draft for this target, of any family. Reads no weights.
 
     Args:
         target_layer_ids: captured decoder layers, 0-based, -1 = embedding output; None = `default_layer_ids`.
-        sliding_window: context tokens that a block sees; None = all. Stored as `draft_context_window`.
+        architecture: Qwen3DSparkModel, or Gemma4DSparkModel for a Gemma 4 target.
+        num_heads, num_kv_heads, head_dim, intermediate_size: of the draft's layers; None = see `layer_shape`.
+        sliding_window: context tokens that a block sees; None = all. Stored as engines read it: sliding layers that are
+            not causal, see `DraftSettings.of`.
+        embedding_scale, logit_scale, final_logit_softcapping: what the target does to the rows of its embedding and to
+            the logits of its head (scaled first, then capped); the draft does the same. For Gemma4DSparkModel the
+            embedding scale is implied. Written where they differ from the default.
 
     Raises:
         ConfigError: a value that cannot work, with its key, the value and what is allowed.
     """
     target_config = target_config.get_text_config()
-    family_of(target_config)
-    _check_attention(target_config)
-    depth = target_config.num_hidden_layers
+    depth, vocab, hidden = (
+        _required(target_config, name) for name in ("num_hidden_layers", "vocab_size", "hidden_size")
+    )
     layer_ids = default_layer_ids(depth) if target_layer_ids is None else list(target_layer_ids)
+    _check_choice("draft.architecture", architecture, (QWEN3, GEMMA4))
     _check_choice("draft.algorithm", algorithm, ALGORITHMS)
     _check_at_least("draft.num_layers", num_layers, 1)
     _check_at_least("draft.block_size", block_size, 1)
     _check_at_least("train.num_anchors", num_anchors, 1)
-    if sliding_window is not None:
-        _check_at_least("draft.sliding_window", sliding_window, 1)
-    if mask_token_id is None or not 0 <= mask_token_id < target_config.vocab_size:
-        raise ConfigError(
-            f"draft.mask_token_id={mask_token_id}: must be a token of the target, 0 to {target_config.vocab_size - 1}"
-        )
+    sizes = {
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": intermediate_size,
+    }
+    for key, value in (sizes | {"sliding_window": sliding_window}).items():
+        if value is not None:
+            _check_at_least(f"draft.{key}", value, 1)
+    if mask_token_id is None or not 0 <= mask_token_id < vocab:
+        raise ConfigError(f"draft.mask_token_id={mask_token_id}: must be a token of the target, 0 to {vocab - 1}")
     _check_layer_ids(layer_ids, depth)
     _check_heads(algorithm, markov_rank, markov_head_type, confidence_head, confidence_head_with_markov)
-    if markov_rank > target_config.hidden_size:
-        raise ConfigError(
-            f"draft.markov_rank={markov_rank}: must be at most the target's hidden size {target_config.hidden_size}"
-        )
+    if markov_rank > hidden:
+        raise ConfigError(f"draft.markov_rank={markov_rank}: must be at most the target's hidden size {hidden}")
 
-    fields = {key: value for key, value in target_config.to_dict().items() if key not in TARGET_ONLY_FIELDS}
-    fields |= {
+    fields: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
         "num_hidden_layers": num_layers,
-        "layer_types": ["full_attention"] * num_layers,
+        "rms_norm_eps": norm_epsilon(target_config),
+        "initializer_range": getattr(target_config, "initializer_range", None) or Qwen3Config.initializer_range,
+        "max_position_embeddings": position_limit(target_config),
+        "dtype": target_config.dtype,
         "tie_word_embeddings": False,
+        **{name: getattr(target_config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "num_target_layers": depth,
         "block_size": block_size,
+        "sample_from_anchor": True,
         "mask_token_id": mask_token_id,
         "target_layer_ids": layer_ids,
         "num_anchors": num_anchors,
@@ -129,17 +189,107 @@ def build_draft_config(
         "target_fingerprint": target_fingerprint,
         "draft_algorithm": algorithm,
     }
-    if hasattr(target_config, "use_sliding_window"):
-        fields |= {"use_sliding_window": False, "sliding_window": None}
     if confidence_head:
         fields["confidence_head_with_markov"] = confidence_head_with_markov
     if markov_rank:
         fields["markov_head_type"] = markov_head_type
+    if logit_scale != 1:
+        fields["logit_scale"] = logit_scale
+    if final_logit_softcapping is not None:
+        fields["final_logit_softcapping"] = final_logit_softcapping
+    if architecture == GEMMA4:
+        return _gemma4_config(target_config, fields, sizes, sliding_window, embedding_scale)
+    if embedding_scale != 1:
+        fields["embedding_scale"] = embedding_scale
+    return _qwen3_config(target_config, fields, layer_shape(target_config, **sizes), sliding_window)
+
+
+def _qwen3_config(
+    target: PreTrainedConfig, fields: dict[str, Any], shape: LayerShape, sliding_window: int | None
+) -> PreTrainedConfig:
+    fields = fields | {
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate_size,
+        "rope_parameters": plain_rope(target),
+        "layer_types": [FULL if sliding_window is None else SLIDING] * fields["num_hidden_layers"],
+    }
     if sliding_window is not None:
-        fields["draft_context_window"] = sliding_window
-    config = type(target_config).from_dict(copy.deepcopy(fields))
-    config.architectures = [ARCHITECTURES[config.model_type]]
-    return config
+        fields |= {
+            "use_sliding_window": True,
+            "sliding_window": sliding_window,
+            "is_causal": False,
+            "dflash_config": {"causal": False},
+        }
+    return Qwen3Config(architectures=[QWEN3], **fields)
+
+
+def _gemma4_config(
+    target: PreTrainedConfig,
+    fields: dict[str, Any],
+    sizes: dict[str, int | None],
+    sliding_window: int | None,
+    embedding_scale: float,
+) -> PreTrainedConfig:
+    """Layers like the target's full-attention ones, without experts and per-layer inputs."""
+    if not isinstance(target, Gemma4TextConfig):
+        raise ConfigError(
+            f"draft.architecture={GEMMA4}: only for Gemma 4 targets, and this is {target.model_type}; set {QWEN3}, "
+            "which is for every target"
+        )
+    if sliding_window is not None:
+        raise ConfigError(
+            f"draft.sliding_window={sliding_window}: {GEMMA4} has full attention only, because a Gemma 4 config makes "
+            f"the last layer full; set it to null, or draft.architecture={QWEN3}"
+        )
+    if embedding_scale not in (1, fields["hidden_size"] ** 0.5):
+        raise ConfigError(
+            f"draft.architecture={GEMMA4}: its embedding is scaled by sqrt(hidden size), that of the target by "
+            f"{embedding_scale:g}; set {QWEN3}"
+        )
+    shape = layer_shape(next(layer for layer, kind in _layers(target) if kind == FULL), **sizes)
+    rope = target.rope_parameters or {}
+    fields = {"final_logit_softcapping": target.final_logit_softcapping} | fields
+    fields |= {
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "num_global_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "global_head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate_size,
+        "hidden_activation": target.hidden_activation,
+        "attention_k_eq_v": target.attention_k_eq_v,
+        "attention_bias": target.attention_bias,
+        "rope_parameters": {FULL: dict(rope[FULL])},
+        "layer_types": [FULL] * fields["num_hidden_layers"],
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+    }
+    return Gemma4TextConfig(architectures=[GEMMA4], **fields)
+
+
+def _layers(target: Gemma4TextConfig) -> Iterator[tuple[PreTrainedConfig, str]]:
+    """The config and the type of every layer."""
+    return zip(target.per_layer_config, target.layer_types or [], strict=True)
+
+
+def uniform_layers(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The same config, with the sizes of its layers where every reader finds them; Gemma 4 keeps them for each layer.
+
+    Raises:
+        ConfigError: layers of different sizes.
+    """
+    if not config.is_heterogeneous:
+        return config
+    layers = {(layer.head_dim, layer.num_key_value_heads) for layer in config.per_layer_config}
+    if len(layers) > 1:
+        raise ConfigError(f"layer_types={config.layer_types}: all layers of a draft must have the same sizes")
+    ((head_dim, kv_heads),) = layers
+    fields = {name: value for name, value in config.to_dict().items() if name != "per_layer_config"}
+    fields |= {"head_dim": head_dim, "global_head_dim": head_dim}
+    fields |= {"num_key_value_heads": kv_heads, "num_global_key_value_heads": kv_heads}
+    return type(config).from_dict(fields)
 
 
 def default_layer_ids(depth: int) -> list[int]:
@@ -163,12 +313,14 @@ def _check_at_least(key: str, value: int, smallest: int) -> None:
         raise ConfigError(f"{key}={value}: must be at least {smallest}")
 
 
-def _check_attention(config: PreTrainedConfig) -> None:
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if heads % kv_heads:
+def _required(target: PreTrainedConfig, name: str) -> int:
+    value = getattr(target, name, None)
+    if not isinstance(value, int) or value < 1:
         raise ConfigError(
-            f"num_attention_heads={heads} of the target: must be a multiple of num_key_value_heads={kv_heads}"
+            f"{name} is missing in the target's config (model_type {target.model_type}): a draft needs a language "
+            "model with one stack of layers"
         )
+    return value
 
 
 def _check_layer_ids(layer_ids: list[int], depth: int) -> None:

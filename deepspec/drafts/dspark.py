@@ -12,15 +12,24 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config, initialization
+from transformers import (
+    Gemma4TextConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    initialization,
+)
 
 from deepspec.config import ConfigError
-from deepspec.drafts.backbone import DraftLayer, KeyValue
+from deepspec.drafts.backbone import DraftLayer, KeyValue, SandwichDraftLayer
 from deepspec.drafts.confidence import build_confidence_head
 from deepspec.drafts.configuration import DraftSettings
 from deepspec.drafts.families import family_of
 from deepspec.drafts.heads import build_markov_head
 from deepspec.kernels.attention import ContextSpans
+from deepspec.kernels.losses import soft_cap
+from deepspec.text import some
 
 
 class TargetWeights(Protocol):
@@ -46,7 +55,8 @@ class DSparkModel(PreTrainedModel):
     """Parallel backbone, optional sequential and confidence heads, and the target's frozen embedding and head."""
 
     base_model_prefix = ""
-    _no_split_modules = ["DraftLayer"]  # noqa: RUF012  (declared without ClassVar by Transformers)
+    _no_split_modules = ["DraftLayer", "SandwichDraftLayer"]  # noqa: RUF012  (Transformers declares no ClassVar)
+    layer_class: type[DraftLayer] = DraftLayer
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -57,7 +67,7 @@ class DSparkModel(PreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.fc = nn.Linear(len(settings.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
         self.hidden_norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(DraftLayer(config, family) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, family) for _ in range(config.num_hidden_layers))
         self.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.markov_head = build_markov_head(config)
@@ -117,19 +127,26 @@ class DSparkModel(PreTrainedModel):
     def start_from_target(self, target: TargetWeights) -> None:
         """Start as the target's last layers and final norm, reading its last captured layer as context.
 
-        The layers have the same parts under the same names, so the block passes through the end of the target from its
-        first step on and only has to learn what the skipped layers did.
+        Where the layers have the same parts under the same names, the block passes through the end of the target from
+        its first step on and only has to learn what the skipped layers did.
 
         Raises:
-            ConfigError: the draft has more layers than the target.
+            ConfigError: the draft has more layers than the target, or the target's have other parts.
         """
-        depth = len(self.layers)
-        if depth > len(target.decoder_layers):
+        depth, available = len(self.layers), len(target.decoder_layers)
+        if depth > available:
             raise ConfigError(
                 f"draft.num_layers={depth}: with draft.start_from_target it can be at most the target's "
-                f"{len(target.decoder_layers)} layers"
+                f"{available} layers"
             )
-        for mine, theirs in zip(self.layers, list(target.decoder_layers)[-depth:], strict=True):
+        pairs = list(zip(self.layers, list(target.decoder_layers)[-depth:], strict=True))
+        for number, (mine, theirs) in enumerate(pairs, start=available - depth):
+            if difference := _difference(mine, theirs):
+                raise ConfigError(
+                    f"draft.start_from_target=true: layer {number} of the target, a {type(theirs).__name__}, "
+                    f"{difference} a layer of {type(self).__name__}; set draft.start_from_target=false"
+                )
+        for mine, theirs in pairs:
             mine.load_state_dict(theirs.state_dict())
         self.norm.load_state_dict(target.final_norm.state_dict())
         hidden = self.config.hidden_size
@@ -211,8 +228,14 @@ class DSparkModel(PreTrainedModel):
         return self._run_blocks(anchor_tokens[:, None], anchor_positions[:, None], context_cache, spans)[:, 0]
 
     def base_logits(self, hidden: Tensor) -> Tensor:
-        """U_k through the frozen head, in float32: [..., hidden] -> [..., vocab]"""
-        return self.lm_head(hidden).float()
+        """U_k through the frozen head, scaled and capped as the target's logits, in float32.
+
+        [..., hidden] -> [..., vocab]
+        """
+        logits = self.lm_head(hidden).float()
+        if self.settings.logit_scale != 1:
+            logits = logits * self.settings.logit_scale
+        return logits if self.settings.logit_softcap is None else soft_cap(logits, self.settings.logit_softcap)
 
     def _draft_layers(self) -> list[DraftLayer]:
         return cast("list[DraftLayer]", list(self.layers))
@@ -234,6 +257,8 @@ class DSparkModel(PreTrainedModel):
         slots = torch.arange(self.block_size, device=anchor_tokens.device)
         tokens = torch.where(slots == 0, anchor_tokens[..., None], self.mask_token_id)
         hidden = self.embed_tokens(tokens).to(self.fc.weight.dtype)
+        if self.settings.embedding_scale != 1:
+            hidden = hidden * self.settings.embedding_scale
         rotation = self.rotary_emb(hidden, (anchor_positions[..., None] + slots).flatten(1))
         for layer, key_values in zip(self._draft_layers(), context, strict=True):
             if self.checkpoint_activations and self.training:
@@ -260,11 +285,34 @@ class Qwen3DSparkModel(DSparkModel):
     config_class = Qwen3Config
 
 
+class Gemma4DSparkModel(DSparkModel):
+    config_class = Gemma4TextConfig
+    layer_class = SandwichDraftLayer
+
+
 class LlamaDSparkModel(DSparkModel):
+    """Of checkpoints from before every draft was Qwen3-shaped; loaded, never made anew."""
+
     config_class = LlamaConfig
 
 
-DRAFT_CLASSES: dict[str, type[DSparkModel]] = {"qwen3": Qwen3DSparkModel, "llama": LlamaDSparkModel}
+DRAFT_CLASSES: dict[str, type[DSparkModel]] = {
+    "qwen3": Qwen3DSparkModel,
+    "gemma4_text": Gemma4DSparkModel,
+    "llama": LlamaDSparkModel,
+}
+
+
+def _difference(mine: nn.Module, theirs: nn.Module) -> str:
+    """How the parts of a target's layer differ from a draft's, to be followed by "a layer of ..."; empty if equal."""
+    ours = {name: list(part.shape) for name, part in mine.state_dict().items()}
+    others = {name: list(part.shape) for name, part in theirs.state_dict().items()}
+    if missing := sorted(ours.keys() - others.keys()):
+        return f"lacks {some(missing)} of"
+    if unknown := sorted(others.keys() - ours.keys()):
+        return f"has {some(unknown)}, unlike"
+    wrong = [f"{name} {others[name]} instead of {shape}" for name, shape in ours.items() if others[name] != shape]
+    return f"has {some(wrong)} of" if wrong else ""
 
 
 def build_draft(config: PreTrainedConfig, target: TargetWeights | None = None, *, seed: int = 0) -> DSparkModel:

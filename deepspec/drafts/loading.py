@@ -14,10 +14,11 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from deepspec.checkpoints import DRAFT, newest_checkpoint
 from deepspec.config import ConfigError
-from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings
+from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings, uniform_layers
 from deepspec.drafts.dspark import DRAFT_CLASSES, DSparkModel, TargetWeights
 from deepspec.drafts.families import family_of
 from deepspec.files import download_model, weight_files
+from deepspec.text import some
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def read_draft_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{folder / 'config.json'}: not a readable config: {error}") from error
     try:
         family_of(config)
+        config = uniform_layers(config)
         if ARCHITECTURES[config.model_type] not in architectures:
             raise ConfigError(f"architectures={architectures}: expected {ARCHITECTURES[config.model_type]}")
         DraftSettings.of(config)
@@ -152,18 +154,13 @@ def _check_tensors(folder: Path, config: PreTrainedConfig) -> None:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: damaged or incomplete ({error}); copy or download it again") from error
     if missing := sorted(expected.keys() - stored.keys()):
-        raise ValueError(f"{folder}: tensors missing for its config.json: {_some(missing)}")
+        raise ValueError(f"{folder}: tensors missing for its config.json: {some(missing)}")
     if unknown := sorted(stored.keys() - expected.keys()):
-        raise ValueError(f"{folder}: tensors that its config.json does not know: {_some(unknown)}")
+        raise ValueError(f"{folder}: tensors that its config.json does not know: {some(unknown)}")
     wrong = [
         f"{name} is {stored[name]}, expected {shape}"
         for name, shape in sorted(expected.items())
         if stored[name] != shape
     ]
     if wrong:
-        raise ValueError(f"{folder}: shapes do not fit its config.json: {_some(wrong)}")
-
-
-def _some(items: list[str], shown: int = 5) -> str:
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return ", ".join(items[:shown]) + more
+        raise ValueError(f"{folder}: shapes do not fit its config.json: {some(wrong)}")

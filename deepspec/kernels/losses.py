@@ -3,6 +3,9 @@
 U_k + B_k = [h_k ; e_k] [W_head ; W2]^T is one linear layer, so both losses and their gradients are computed for a few
 rows at a time and no tensor of all rows times the vocabulary ever exists. The matrix products are PyTorch's; what
 happens between them is here in plain PyTorch, and in `losses_triton` in one kernel.
+
+Where the target scales its logits, U, B and the target's logits are scaled alike; where it caps them, so are U and the
+target's, before B is added: z = c * tanh(U / c) + B.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +24,14 @@ CHUNK_ROWS = {"cpu": 256, "cuda": 512}  # with more the matrix products are hard
 CONVERTED_ELEMENTS = 2**22  # of a table that is in another dtype than the matrix products
 # Elements of a tensor, for each CPU core (elsewhere all at once), that the next operation should still find in a cache.
 CACHED_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+
+
+class Steps(NamedTuple):
+    """What happens to the logits between the matrix products, in one implementation."""
+
+    losses_of_rows: Callable[..., None]
+    soft_cap: Callable[[Tensor, float], Tensor]  # in place
+    multiply_by_slope: Callable[[Tensor, Tensor, float], None]
 
 
 class VocabularyLosses(NamedTuple):
@@ -41,18 +52,26 @@ def vocabulary_losses_reference(
     weights: Tensor,
     ce_scale: float,
     tv_scale: float,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> VocabularyLosses:
     """The meaning of `vocabulary_losses`, with every logit in memory."""
-    logits = functional.linear(hidden.to(head.dtype), head).float()
+
+    def logits_of(states: Tensor) -> Tensor:
+        scaled = logit_scale * functional.linear(states.to(head.dtype), head).float()
+        return scaled if softcap is None else soft_cap(scaled, softcap)
+
+    logits = logits_of(hidden)
     if latents is not None and markov_w2 is not None:
-        logits = logits + functional.linear(latents.to(head.dtype), markov_w2.to(head.dtype)).float()
+        bias = functional.linear(latents.to(head.dtype), markov_w2.to(head.dtype)).float()
+        logits = logits + logit_scale * bias
     log_probabilities = logits.log_softmax(-1)
     ce = -log_probabilities.gather(1, targets[:, None]).squeeze(1)
     loss = ce_scale * ce
     if target_hidden is None:
         return VocabularyLosses((weights * loss).sum(), ce.detach(), None)
     with torch.no_grad():
-        target_probabilities = functional.linear(target_hidden.to(head.dtype), head).float().softmax(-1)
+        target_probabilities = logits_of(target_hidden).softmax(-1)
     l1 = (log_probabilities.exp() - target_probabilities).abs().sum(-1)
     return VocabularyLosses((weights * (loss + tv_scale * l1)).sum(), ce.detach(), l1.detach())
 
@@ -67,6 +86,8 @@ def vocabulary_losses(
     weights: Tensor,
     ce_scale: float,
     tv_scale: float,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     chunk_rows: int | None = None,
     implementation: str | None = None,
 ) -> VocabularyLosses:
@@ -75,7 +96,8 @@ def vocabulary_losses(
     The logits and all that is done with them are float32, whatever the inputs are and also under autocast, and so is
     the sum over chunks that becomes the gradient of `markov_w2`. The operands of the matrix products are float32 too,
     except for a bf16 or float16 `head` on CUDA, to whose dtype the others are converted. Memory beyond inputs and
-    gradients is two tensors of [chunk_rows, vocab], and with such a head half of one more; `head` is never copied.
+    gradients is two tensors of [chunk_rows, vocab], and with such a head half of one more; `head` is never copied. With
+    a soft cap the head's product of the draft is computed a second time, for the slope of the cap.
 
     Args:
         hidden: [N, hidden], gets a gradient.
@@ -86,24 +108,28 @@ def vocabulary_losses(
         target_hidden: [N, hidden], the target's state that predicts this token; None = no target probabilities, no l1.
         weights: [N]
         ce_scale, tv_scale: of the two losses in `loss`. A tv_scale above 0 needs `target_hidden`.
+        logit_scale: factor of all logits.
+        softcap: c in c * tanh(logit / c), of the head's logits; None = off.
         chunk_rows: at most so many rows at a time; None = what suits the device.
         implementation: "reference", "chunked" or "triton"; None = triton on a GPU where it is installed, else chunked.
     """
     if tv_scale and target_hidden is None:
         raise ValueError("the total variation needs the target's hidden states: pass target_hidden or tv_scale=0")
-    inputs = (hidden, latents, head, markov_w2, targets, target_hidden, weights, ce_scale, tv_scale)
+    inputs = (hidden, latents, head, markov_w2, targets, target_hidden, weights)
+    settings = (ce_scale, tv_scale, logit_scale, softcap)
     device = hidden.device.type
     if implementation is None:
         implementation = "triton" if device == "cuda" and find_spec("triton") else "chunked"
     if implementation == "reference":
-        return vocabulary_losses_reference(*inputs)
+        return vocabulary_losses_reference(*inputs, *settings)
     trained = (hidden, latents, markov_w2)
     with_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
     with torch.no_grad(), torch.autocast(device, enabled=False):
         losses, gradients = _losses_and_gradients(
             *inputs,
+            *settings,
             chunk_rows=chunk_rows or CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"]),
-            losses_of_rows=_fused_losses_of_rows() if implementation == "triton" else losses_of_rows,
+            steps=_fused_steps() if implementation == "triton" else PLAIN_STEPS,
             with_gradient=with_gradient,
         )
     return losses._replace(loss=_WithGradients.apply(losses.loss, gradients, *trained)) if with_gradient else losses
@@ -133,9 +159,11 @@ def _losses_and_gradients(
     weights: Tensor,
     ce_scale: float,
     tv_scale: float,
+    logit_scale: float,
+    softcap: float | None,
     *,
     chunk_rows: int,
-    losses_of_rows: Callable[..., None],
+    steps: Steps,
     with_gradient: bool,
 ) -> tuple[VocabularyLosses, list[Tensor | None]]:
     """The losses, and the gradients of `loss` for hidden, latents and markov_w2."""
@@ -147,8 +175,9 @@ def _losses_and_gradients(
     step = max(1, math.ceil(rows / max(1, math.ceil(rows / chunk_rows))))  # chunks of about the same size
 
     all_logits = hidden.new_empty(step, head.shape[0], dtype=torch.float32)
-    # For the target's logits, and before them for a bias that its matrix product cannot add to the draft's.
-    needs_second = target_hidden is not None or (len(factors) == 2 and not exact)
+    # For the target's logits, before them for a bias that its matrix product cannot add to the draft's, and after them
+    # for the draft's logits before the cap.
+    needs_second = target_hidden is not None or (len(factors) == 2 and not exact) or softcap is not None
     all_second = torch.empty_like(all_logits) if needs_second else all_logits
     all_slopes = torch.empty_like(all_logits, dtype=dtype) if with_gradient and not exact else all_logits
     ce, l1 = hidden.new_zeros(2, rows, dtype=torch.float32)
@@ -161,14 +190,18 @@ def _losses_and_gradients(
     for start in range(0, rows, step):
         chunk = slice(start, min(start + step, rows))
         logits, second, slopes = (buffer[: chunk.stop - start] for buffer in (all_logits, all_second, all_slopes))
-        inputs_of_chunk = [inputs[chunk].to(dtype) for inputs, _ in factors]
-        for index, (_, table) in enumerate(factors):
+        inputs_of_chunk = [_scaled(inputs[chunk], logit_scale).to(dtype) for inputs, _ in factors]
+        _head_logits(inputs_of_chunk[0], head, logits)
+        if softcap is not None:
+            steps.soft_cap(logits, softcap)
+        for latents_of_chunk, (_, table) in zip(inputs_of_chunk[1:], factors[1:], strict=True):
             for columns, part in _parts(table, dtype):
-                _multiply(inputs_of_chunk[index], part.T, logits[:, columns], second[:, columns] if index else None)
+                _multiply(latents_of_chunk, part.T, logits[:, columns], second[:, columns])
         if target_hidden is not None:
-            for columns, part in _parts(head, dtype):
-                _multiply(target_hidden[chunk].to(dtype), part.T, second[:, columns])
-        losses_of_rows(
+            _head_logits(_scaled(target_hidden[chunk], logit_scale).to(dtype), head, second)
+            if softcap is not None:
+                steps.soft_cap(second, softcap)
+        steps.losses_of_rows(
             logits,
             None if target_hidden is None else second,
             targets[chunk],
@@ -179,11 +212,15 @@ def _losses_and_gradients(
             l1[chunk],
             slopes if with_gradient else None,
         )
-        if with_gradient:
-            for (_, table), gradient in zip(factors, input_gradients, strict=True):
-                gradient[chunk] = sum(slopes[:, columns] @ part for columns, part in _parts(table, dtype))
         if w2_gradient is not None:
             _multiply(slopes.T, inputs_of_chunk[-1], w2_gradient, w2_summand)
+        if with_gradient:
+            for index in reversed(range(len(factors))):  # the head's last: its slopes overwrite those of the bias
+                if index == 0 and softcap is not None:
+                    _head_logits(inputs_of_chunk[0], head, second)
+                    steps.multiply_by_slope(slopes, second, softcap)
+                gradient = sum(slopes[:, columns] @ part for columns, part in _parts(factors[index][1], dtype))
+                input_gradients[index][chunk] = _scaled(cast(Tensor, gradient), logit_scale)
     loss = (weights * (ce_scale * ce + tv_scale * l1)).sum()
     losses = VocabularyLosses(loss, ce, None if target_hidden is None else l1)
     if w2_gradient is None or markov_w2 is None:
@@ -191,10 +228,40 @@ def _losses_and_gradients(
     return losses, [*input_gradients, w2_gradient.to(markov_w2.dtype)]
 
 
-def _fused_losses_of_rows() -> Callable[..., None]:
+def _fused_steps() -> Steps:
     from deepspec.kernels import losses_triton  # imports Triton, which not everybody has
 
-    return losses_triton.losses_of_rows
+    return Steps(losses_triton.losses_of_rows, losses_triton.soft_cap_, losses_triton.multiply_by_slope)
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap)"""
+    return cap * torch.tanh(logits / cap)
+
+
+def _soft_cap_(logits: Tensor, cap: float) -> Tensor:
+    """`soft_cap` in place."""
+    return logits.div_(cap).tanh_().mul_(cap)
+
+
+def multiply_by_slope(gradient: Tensor, logits: Tensor, cap: float) -> None:
+    """Make the gradient for capped logits that for logits: times 1 - tanh(logits / cap)^2.
+
+    Args:
+        gradient: [rows, vocab], changed.
+        logits: float32 [rows, vocab], before the cap; overwritten.
+    """
+    gradient.mul_(logits.div_(cap).tanh_().square_().neg_().add_(1))
+
+
+def _scaled(values: Tensor, factor: float) -> Tensor:
+    return values if factor == 1 else values * factor
+
+
+def _head_logits(states: Tensor, head: Tensor, out: Tensor) -> None:
+    """states @ head^T into `out`."""
+    for columns, part in _parts(head, states.dtype):
+        _multiply(states, part.T, out[:, columns])
 
 
 def _product_dtype(head: Tensor) -> torch.dtype:
@@ -272,3 +339,6 @@ def losses_of_rows(
         z.scatter_add_(1, target, -ce_scale * weight)
         if gradient is not logits:
             gradient[some] = z
+
+
+PLAIN_STEPS = Steps(losses_of_rows, _soft_cap_, multiply_by_slope)

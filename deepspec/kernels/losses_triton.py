@@ -44,6 +44,23 @@ def losses_of_rows(
         )
 
 
+def soft_cap_(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap) in place, of a tensor without gaps."""
+    size = logits.numel()
+    with torch.cuda.device_of(logits):
+        _cap[(triton.cdiv(size, BLOCK),)](logits, float(cap), size, BLOCK=BLOCK, num_warps=WARPS)
+    return logits
+
+
+def multiply_by_slope(gradient: Tensor, logits: Tensor, cap: float) -> None:
+    """The same as `losses.multiply_by_slope`, of tensors without gaps; leaves `logits` as they are."""
+    size = logits.numel()
+    with torch.cuda.device_of(logits):
+        _multiply_by_slope[(triton.cdiv(size, BLOCK),)](
+            gradient, logits, float(cap), size, BLOCK=BLOCK, num_warps=WARPS
+        )
+
+
 @triton.jit
 def _losses_of_row(
     logits,
@@ -123,3 +140,25 @@ def _probabilities(logits, columns, vocab, largest, total):
 @triton.jit
 def _sign(x):
     return tl.where(x > 0, 1.0, 0.0) - tl.where(x < 0, 1.0, 0.0)
+
+
+@triton.jit
+def _cap(logits, cap, elements, BLOCK: tl.constexpr):
+    """One block per program."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # elements can pass 2**31
+    z = tl.load(logits + place, mask=place < elements, other=0.0)
+    tl.store(logits + place, cap * _tanh(z / cap), mask=place < elements)
+
+
+@triton.jit
+def _multiply_by_slope(gradient, logits, cap, elements, BLOCK: tl.constexpr):
+    """One block per program."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    capped = _tanh(tl.load(logits + place, mask=place < elements, other=0.0) / cap)
+    slope = tl.load(gradient + place, mask=place < elements, other=0.0).to(tl.float32) * (1 - capped * capped)
+    tl.store(gradient + place, slope.to(gradient.dtype.element_ty), mask=place < elements)
+
+
+@triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1

@@ -45,7 +45,8 @@ class StepFlops:
             needs_target_logits: the loss compares distributions.
         """
         attentions = [layer.self_attn for layer in cast("list[DraftLayer]", list(draft.layers))]
-        context_projections = sum(a.k_proj.weight.numel() + a.v_proj.weight.numel() for a in attentions)
+        projections = [projection for a in attentions for projection in (a.k_proj, a.v_proj) if projection is not None]
+        context_projections = sum(projection.weight.numel() for projection in projections)
         self.per_token = features_per_token + 2 * (2 * draft.fc.weight.numel() + 3 * context_projections)
         self.per_block = (
             6 * draft.block_size * sum(weight.numel() for weight in draft.layers.parameters() if weight.ndim > 1)

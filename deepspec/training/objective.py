@@ -60,6 +60,8 @@ def draft_objective(
         weights,
         loss.ce,
         loss.tv,
+        draft.settings.logit_scale,
+        draft.settings.logit_softcap,
     )
     total = vocabulary.loss
     sums = {"weight_sum": weights.sum(), "ce": (weights * vocabulary.ce).sum()}

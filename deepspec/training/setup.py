@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,15 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError, TrainRun
 from deepspec.data.dataset import ConversationDataset, check_vocabulary, tokenize_conversations
-from deepspec.drafts import DraftSettings, DSparkModel, build_draft, build_draft_config, load_draft
+from deepspec.data.mask_token import find_mask_token
+from deepspec.drafts import DraftSettings, DSparkModel, build_draft, build_draft_config, engine_limits, load_draft
 from deepspec.features import CachedFeatures, FeatureSource, OnlineFeatures, Rendering
 from deepspec.features.served import connect_served
 from deepspec.features.vllm import connect_vllm
 from deepspec.ranks import ranks_on_this_machine
 from deepspec.targets import Target, TargetHead, load_target, load_target_config, load_target_head, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 CONNECT: dict[str, Callable[..., FeatureSource]] = {
     "served": connect_served,
@@ -51,6 +55,8 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     )
     check_vocabulary(tokenizer, target_config.vocab_size, config.target.path)
     draft_config = draft_config_of(config, target_config, tokenizer)
+    if accelerator.is_main_process and (limits := engine_limits(draft_config)):
+        logger.warning("engines cannot serve this draft as it is trained: %s", "; ".join(limits))
     with accelerator.main_process_first():
         train_set, eval_set = load_datasets(config, tokenizer)
     target = _load_target(config, accelerator)
@@ -137,11 +143,9 @@ def draft_config_of(
         ConfigError: a value that cannot work.
     """
     draft = config.draft
-    mask_token_id = draft.mask_token_id if draft.mask_token_id is not None else tokenizer.mask_token_id
+    mask_token_id = draft.mask_token_id
     if mask_token_id is None:
-        raise ConfigError(
-            "draft.mask_token_id=null: the tokenizer has no mask token; give a token id that never occurs in text"
-        )
+        mask_token_id = find_mask_token(tokenizer, target_config.get_text_config().vocab_size)
     return build_draft_config(
         target_config,
         algorithm=draft.algorithm,
@@ -154,6 +158,11 @@ def draft_config_of(
         confidence_head=draft.confidence_head,
         confidence_head_with_markov=draft.confidence_head_with_markov,
         num_anchors=config.train.num_anchors,
+        architecture=draft.architecture,
+        num_heads=draft.num_heads,
+        num_kv_heads=draft.num_kv_heads,
+        head_dim=draft.head_dim,
+        intermediate_size=draft.intermediate_size,
         sliding_window=draft.sliding_window,
         target_model_name_or_path=config.target.path,
         target_revision=config.target.revision,

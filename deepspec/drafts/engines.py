@@ -1,0 +1,37 @@
+"""Where serving engines fall short of a draft. Read from vLLM 0.32 and SGLang 0.5.23."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from deepspec.drafts.configuration import ARCHITECTURES, GEMMA4, QWEN3, DraftSettings
+
+
+def engine_limits(config: PreTrainedConfig) -> list[str]:
+    """What a draft of this config needs and an engine cannot do, a clause each; empty if vLLM and SGLang do all."""
+    settings, architecture = DraftSettings.of(config), ARCHITECTURES[config.model_type]
+    if architecture not in (QWEN3, GEMMA4):
+        return [f"no engine has {architecture}"]
+    limits = []
+    if architecture == QWEN3:
+        if settings.embedding_scale != 1:
+            limits.append(f"vLLM and SGLang do not scale its embedding (embedding_scale={settings.embedding_scale:g})")
+        if settings.logit_softcap is not None:
+            cap = settings.logit_softcap
+            limits.append(f"vLLM and SGLang do not cap its logits (final_logit_softcapping={cap:g})")
+        if settings.logit_scale != 1:
+            limits.append(f"SGLang does not scale its logits (logit_scale={settings.logit_scale:g})")
+    else:
+        limits.append(f"SGLang has no {GEMMA4}")
+        if not config.attention_k_eq_v:
+            limits.append(f"vLLM has {GEMMA4} only with attention_k_eq_v")
+        if settings.logit_softcap is not None and settings.markov_rank:
+            limits.append("vLLM caps the bias of the sequential head too, not the head's logits alone")
+    if settings.markov_rank == 0:
+        limits.append(
+            "SGLang refuses a draft without a sequential head (markov_rank=0), and vLLM has one only in a slot "
+            "convention where the first slot predicts nothing"
+        )
+    elif settings.markov_head_type != "vanilla":
+        limits.append(f"vLLM has only the vanilla sequential head (markov_head_type={settings.markov_head_type})")
+    return limits
