@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from deepspec.decoding import Proposal
+from deepspec.decoding import LookupProposer, Proposal
 from deepspec.drafts import DSparkModel, build_draft
 from deepspec.targets import Target
 
@@ -44,36 +44,30 @@ def random_draft(target: Target, *, seed: int = 1, scale: float = 0.3, **changes
     return draft
 
 
-class Replay:
+class Replay(LookupProposer):
     """A proposer of greedy rows that knows what they will say, but gets every `wrong_every`-th position wrong."""
 
-    layer_ids = ()
     has_confidences = False
 
     def __init__(self, prompts: Sequence[list[int]], outputs: Sequence[list[int]], block_size: int, wrong_every: int):
-        self.block_size = block_size
-        self._following: dict[tuple[int, int], list[int]] = {}
+        super().__init__(block_size)
+        self._following: dict[tuple[int, ...], list[int]] = {}
         for prompt, output in zip(prompts, outputs, strict=True):
-            for i, token in enumerate(output):
+            for i in range(len(output)):
                 wrong = [
                     (following + 1) % 7 if (i + j) % wrong_every == 0 else following
                     for j, following in enumerate(output[i + 1 : i + 1 + block_size])
                 ]
-                self._following[len(prompt) + i, token] = wrong + [0] * (block_size - len(wrong))
+                self._following[*prompt, *output[: i + 1]] = wrong + [0] * (block_size - len(wrong))
 
     def propose(self, anchors: Tensor, positions: Tensor, *args: Any) -> Proposal:
-        pairs = zip(positions.tolist(), anchors.tolist(), strict=True)
-        unknown = [0] * self.block_size  # of a row that is not among the requests
         length = args[-1] if args else self.block_size
-        tokens = torch.tensor([self._following.get(pair, unknown) for pair in pairs])
-        return Proposal(tokens[:, :length], None, None)
-
-    def bytes_per_slot(self, columns: int) -> int:
-        return 0
-
-    def allocate(self, *_: object) -> None: ...
-
-    observe = move = clear = allocate
+        unknown = [0] * self.block_size  # of a row that is not among the requests
+        tokens = [
+            self._following.get((*self._tokens[row, :position].tolist(), anchor), unknown)[:length]
+            for row, (position, anchor) in enumerate(zip(positions.tolist(), anchors.tolist(), strict=True))
+        ]
+        return Proposal(torch.tensor(tokens), None, None)
 
 
 def warped(

@@ -116,12 +116,12 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 }
 
 
-def exact(sampling: dict[str, Any]) -> list[Tensor]:
-    """Joint probabilities of the first one, two, ... tokens, from uncached forward passes."""
+def exact(sampling: dict[str, Any], target: Target) -> list[Tensor]:
+    """Joint probabilities of the first one, two, ... tokens, from uncached forward passes of Transformers."""
     prefixes, joint, joints = torch.tensor([PROMPT]), torch.ones(1, dtype=torch.float64), []
     for _ in range(TOKENS):
         with torch.inference_mode():
-            logits = tiny_target().model(prefixes, use_cache=False).logits[:, -1]
+            logits = target.model(prefixes, use_cache=False).logits[:, -1]
         joint = (joint[:, None] * warped(logits, **sampling, prefixes=prefixes)).flatten()
         joints.append(joint)
         following = torch.arange(VOCAB).repeat(len(prefixes))[:, None]
@@ -133,14 +133,14 @@ def sampled(engine: SpeculativeEngine, sampling: dict[str, Any]) -> list[Complet
     return engine.generate([Request(PROMPT, TOKENS, **sampling, seed=seed) for seed in range(REQUESTS)])
 
 
-def p_values(completions: Sequence[Completion], sampling: dict[str, Any]) -> list[float]:
+def p_values(completions: Sequence[Completion], sampling: dict[str, Any], target: Target | None = None) -> list[float]:
     """Of the joint distributions of the first one, two, ... tokens, and of each token alone."""
     rounds = [r for completion in completions for r in completion.rounds]
     assert any(r.accepted for r in rounds)
     assert any(r.accepted < r.proposed for r in rounds)
     outcomes = torch.tensor([completion.output_ids for completion in completions])
     code, values = torch.zeros(len(outcomes), dtype=torch.long), []
-    for position, joint in enumerate(exact(sampling)):
+    for position, joint in enumerate(exact(sampling, target or tiny_target())):
         code = code * VOCAB + outcomes[:, position]
         values.append(g_test(code, joint))
         values.append(g_test(outcomes[:, position], joint.view(-1, VOCAB).sum(0)))

@@ -9,12 +9,15 @@ from itertools import product
 
 import pytest
 import torch
+from decoding_world import random_draft
+from family_world import tiny_model
 from lossless_world import (
     ACCEPTABLE,
     BLOCK,
     POLICIES,
     PROMPT,
     REQUESTS,
+    SLOTS,
     TOKENS,
     VOCAB,
     Opinionated,
@@ -26,10 +29,11 @@ from lossless_world import (
     tiny_target,
 )
 
-from deepspec.decoding import DSparkProposer, LookupProposer, Request
+from deepspec.decoding import DSparkProposer, LookupProposer, Request, SpeculativeEngine
 from deepspec.decoding.policies import ConfidenceThreshold, Pausing, PolicySetup, build_policy
 from deepspec.decoding.sps import SpsTable
 from deepspec.decoding.verification import VERIFICATION_RULES
+from deepspec.targets import Target
 
 SAMPLINGS = {"0.7": {"temperature": 0.7}, "1.0_top_p": {"temperature": 1.0, "top_p": 0.9}}
 TRUNCATED = {"temperature": 0.7, "top_k": 4, "top_p": 0.9}
@@ -122,4 +126,21 @@ def test_whatever_the_sampling(rule, policy, sampling):
 def test_a_draft_without_a_sequential_head_may_penalise_all_slots_alike():
     parallel = tiny_draft(algorithm="dflash", markov_rank=0, confidence_head=False)
     values = p_values(sampled(engine_of(DSparkProposer(parallel, tiny_target())), PENALISED), PENALISED)
+    assert min(values) > ACCEPTABLE, values
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next"])
+def test_sampled_output_of_a_sliding_and_of_a_hybrid_family(family):
+    """A window that ends inside the prompt; states that are replayed after every rejection."""
+    window = {"sliding_window": 2} if family == "gemma3_text" else {}
+    target = Target(tiny_model(family, seed=1, vocab_size=VOCAB, **window), family)
+    draft = random_draft(
+        target, num_layers=1, block_size=BLOCK, target_layer_ids=(0, 1), mask_token_id=0, markov_rank=4, scale=0.5
+    )
+    proposer = DSparkProposer(draft, target)
+    engine = SpeculativeEngine(
+        target, proposer, slots=SLOTS, max_length=len(PROMPT) + TOKENS + BLOCK, policy=ConfidenceThreshold(0.5, BLOCK)
+    )
+    sampling = {"temperature": 1.0}
+    values = p_values(sampled(engine, sampling), sampling, target)
     assert min(values) > ACCEPTABLE, values

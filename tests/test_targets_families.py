@@ -34,7 +34,7 @@ def test_captured_layers_head_and_embedding_are_those_of_transformers(target):
     assert_same(features.context, torch.cat(reference.hidden_states[:-1], dim=-1))
     assert_same(features.final, reference.hidden_states[-1])
     assert_same(target.logits(features.final), reference.logits)
-    embedded = target.embedding_weight[ids] * target.embedding_scale
+    embedded = target.embedding_weight[ids] * target.adapter.embedding_scale(target.config)
     assert_same(embedded, reference.hidden_states[0])
 
 

@@ -62,23 +62,21 @@ class TargetAdapter:
     def head(model: PreTrainedModel) -> nn.Linear:
         return model.get_output_embeddings()
 
-    @classmethod
-    def embedding_scale(cls, model: PreTrainedModel) -> float:
-        """What the rows of the embedding are multiplied by on their way into the first layer."""
-        scale = getattr(cls.embedding(model), "scalar_embed_scale", None)
-        return float(scale or getattr(cls.decoder(model).config, "embedding_multiplier", None) or 1.0)
+    @staticmethod
+    def embedding_scale(config: PreTrainedConfig) -> float:
+        """What the rows of the embedding are multiplied by on their way into the first layer, by the text config."""
+        return float(getattr(config, "embedding_multiplier", None) or 1.0)
 
-    @classmethod
-    def logit_scale(cls, model: PreTrainedModel) -> float:
+    @staticmethod
+    def logit_scale(config: PreTrainedConfig) -> float:
         """What the head's output is multiplied by."""
-        config = cls.decoder(model).config
         scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
         return float(scale / (getattr(config, "logits_scaling", None) or 1.0))
 
-    @classmethod
-    def final_logit_softcapping(cls, model: PreTrainedModel) -> float | None:
+    @staticmethod
+    def final_logit_softcapping(config: PreTrainedConfig) -> float | None:
         """c of the final soft cap c * tanh(logits / c), applied after the scale; None = no cap."""
-        return getattr(cls.decoder(model).config, "final_logit_softcapping", None)
+        return getattr(config, "final_logit_softcapping", None)
 
     @classmethod
     def _part(cls, model: PreTrainedModel, *names: str) -> nn.Module:
@@ -90,6 +88,13 @@ class TargetAdapter:
                 f"'{cls.text_config(model.config).model_type}' in deepspec/targets/adapters.py that says where they are"
             )
         return found
+
+
+@register_adapter("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text")
+class GemmaAdapter(TargetAdapter):
+    @staticmethod
+    def embedding_scale(config: PreTrainedConfig) -> float:
+        return config.hidden_size**0.5
 
 
 def adapter_for(config: PreTrainedConfig) -> type[TargetAdapter]:

@@ -45,9 +45,8 @@ class Target:
         self.revision = revision
         self._layers = self.adapter.layers(model)
         self._head = self.adapter.head(model)
-        self.embedding_scale = self.adapter.embedding_scale(model)
-        self.logit_scale = self.adapter.logit_scale(model)
-        self.final_logit_softcapping = self.adapter.final_logit_softcapping(model)
+        self.logit_scale = self.adapter.logit_scale(self.config)
+        self.final_logit_softcapping = self.adapter.final_logit_softcapping(self.config)
         self.cache_argument = cache_argument(self._decoder)
         self._fingerprint: str | None = None
         if self.config.model_type not in TESTED_FAMILIES:

@@ -19,7 +19,15 @@ from deepspec.features import CachedFeatures, FeatureSource, OnlineFeatures, Ren
 from deepspec.features.served import connect_served
 from deepspec.features.vllm import connect_vllm
 from deepspec.ranks import ranks_on_this_machine
-from deepspec.targets import Target, TargetHead, load_target, load_target_config, load_target_head, load_tokenizer
+from deepspec.targets import (
+    Target,
+    TargetHead,
+    adapter_for,
+    load_target,
+    load_target_config,
+    load_target_head,
+    load_tokenizer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +150,7 @@ def draft_config_of(
     Raises:
         ConfigError: a value that cannot work.
     """
-    draft = config.draft
+    draft, adapter = config.draft, adapter_for(target_config)
     mask_token_id = draft.mask_token_id
     if mask_token_id is None:
         mask_token_id = find_mask_token(tokenizer, target_config.get_text_config().vocab_size)
@@ -164,6 +172,9 @@ def draft_config_of(
         head_dim=draft.head_dim,
         intermediate_size=draft.intermediate_size,
         sliding_window=draft.sliding_window,
+        embedding_scale=adapter.embedding_scale(target_config),
+        logit_scale=adapter.logit_scale(target_config),
+        final_logit_softcapping=adapter.final_logit_softcapping(target_config),
         target_model_name_or_path=config.target.path,
         target_revision=config.target.revision,
     )
