@@ -45,8 +45,8 @@ class DraftSettings:
         """Read a draft's config.
 
         A context window W is what engines call sliding attention without causality: every slot of a block sees the W
-        tokens before the anchor, as in the training mask of `speculators`. vLLM counts from each query, so its slot k
-        (from 0) sees k tokens fewer.
+        tokens before the anchor, as in the training mask of `speculators`. vLLM's window is |query - key| < W for each
+        query, so its slot k (from 0) sees k + 1 tokens fewer.
 
         Raises:
             ConfigError: it is not the config of a DSpark or DFlash draft, or it asks for what DeepSpec does not have.
