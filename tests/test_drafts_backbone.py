@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config
 
 from deepspec.config import ConfigError
 from deepspec.drafts import DSparkModel, build_draft
+from deepspec.kernels.attention import ContextSpans
 
 MakeDraft = Callable[..., DSparkModel]
 SIZES = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
@@ -224,20 +225,43 @@ def test_a_target_with_other_layers_is_no_start(
     assert all(torch.equal(value, before[name]) for name, value in draft.state_dict().items())
 
 
-def test_gemma_layers_are_those_of_the_target(tiny_batch: TinyBatch) -> None:
-    """A block of one slot with an empty context attends itself alone, as the first token of a text does."""
-    config = full_attention_gemma()
-    target = RandomTarget(config)
+def gemma_pair(target_config: PreTrainedConfig, **changes: Any) -> tuple[RandomTarget, DSparkModel]:
+    """A Gemma 4 target and a draft that starts as all of it. No norm and no scalar is one, so that none hides."""
+    target = RandomTarget(target_config)
     with torch.no_grad():
-        for parameter in target.model.parameters():  # norms and scalars that are all one would hide a mistake
+        for parameter in target.model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
         for name, buffer in target.model.named_buffers():
             if name.endswith("layer_scalar"):
                 buffer.fill_(0.7)
-    draft = build_draft(tiny_draft_config(config, architecture="Gemma4DSparkModel", num_layers=6, block_size=1), target)
+    config = tiny_draft_config(target_config, architecture="Gemma4DSparkModel", num_layers=6, **changes)
+    draft = build_draft(config, target)
     draft.start_from_target(target)
-    token = torch.tensor([[7]])
-    hidden = draft(token, torch.zeros(1, 1).long(), torch.zeros(1, 1, 96), torch.tensor([[0]]), torch.tensor([[True]]))
-    with torch.no_grad():
-        expected = target.model(token).logits[0, 0]
+    return target, draft
+
+
+@pytest.mark.parametrize("keys_are_values", [True, False])
+@torch.no_grad()
+def test_gemma_layers_compute_what_the_targets_do(keys_are_values: bool) -> None:
+    config = tiny_target_config("gemma4", layer_types=["full_attention"] * 6, attention_k_eq_v=keys_are_values)
+    target, draft = gemma_pair(config, block_size=5)
+    hidden, positions = torch.randn(1, 5, 32), torch.arange(11, 16)[None]
+    rotation = target.model.model.rotary_emb(hidden, positions, "full_attention")
+    theirs = target.decoder_layers[2](
+        hidden.clone(), position_embeddings=rotation, attention_mask=torch.zeros(1, 1, 5, 5), shared_kv_states={}
+    )
+    nothing = torch.zeros(1, 1).long()
+    context = draft.context_key_values(torch.zeros(1, 1, 32), nothing)[2]
+    rotation = draft.rotary_emb(hidden, positions)
+    ours = draft.layers[2](hidden[:, None], rotation, context, ContextSpans(nothing, nothing))
+    torch.testing.assert_close(ours[:, 0], theirs, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_gemma_embedding_and_head_are_those_of_the_target() -> None:
+    """A block of one slot with an empty context attends itself alone, as the first token of a text does."""
+    target, draft = gemma_pair(full_attention_gemma(), block_size=1)
+    token, column = torch.tensor([[7]]), torch.zeros(1, 1).long()
+    hidden = draft(token, column, torch.zeros(1, 1, 96), column, torch.tensor([[True]]))
+    expected = target.model(token).logits[0, 0]
     torch.testing.assert_close(draft.base_logits(hidden)[0, 0, 0], expected, rtol=1e-4, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,8 +46,8 @@ class DraftSettings:
         """Read a draft's config.
 
         A context window W is what engines call sliding attention without causality: every slot of a block sees the W
-        tokens before the anchor, as in the training mask of `speculators`. vLLM counts from each query, so its slot k
-        (from 0) sees k tokens fewer.
+        tokens before the anchor, as in the training mask of `speculators`. vLLM's window is |query - key| < W for each
+        query, so its slot k (from 0) sees k + 1 tokens fewer.
 
         Raises:
             ConfigError: it is not the config of a DSpark or DFlash draft, or it asks for what DeepSpec does not have.
@@ -243,7 +244,8 @@ def _gemma4_config(
             f"draft.sliding_window={sliding_window}: {GEMMA4} has full attention only, because a Gemma 4 config makes "
             f"the last layer full; set it to null, or draft.architecture={QWEN3}"
         )
-    if embedding_scale not in (1, fields["hidden_size"] ** 0.5):
+    implied = fields["hidden_size"] ** 0.5
+    if embedding_scale != 1 and not math.isclose(embedding_scale, implied, rel_tol=2**-8):  # it may be that in bfloat16
         raise ConfigError(
             f"draft.architecture={GEMMA4}: its embedding is scaled by sqrt(hidden size), that of the target by "
             f"{embedding_scale:g}; set {QWEN3}"

@@ -64,12 +64,12 @@ def layer_shape(
     layer = target.per_layer_config[0]  # where layers differ (Gemma 4), the config itself refuses to answer
     hidden = layer.hidden_size
     is_latent = getattr(layer, "kv_lora_rank", None) is not None
-    its_heads: int = getattr(layer, "num_attention_heads", None) or 0
-    its_width = 0 if is_latent else getattr(layer, "head_dim", None) or _exact_quotient(hidden, its_heads)
+    its_heads = _whole_number(layer, "num_attention_heads")
+    its_width = 0 if is_latent else _whole_number(layer, "head_dim") or _exact_quotient(hidden, its_heads)
     fits = its_heads > 0 and its_width > 0 and its_width % 2 == 0
-    width: int = head_dim or (its_width if fits else _usual_head_dim(hidden, its_heads))
-    heads: int = num_heads or (its_heads if fits else max(1, hidden // width))
-    limit: int = USUAL_KV_HEADS if is_latent else getattr(layer, "num_key_value_heads", None) or heads
+    width = head_dim or (its_width if fits else _usual_head_dim(hidden, its_heads))
+    heads = num_heads or (its_heads if fits else max(1, hidden // width))
+    limit = USUAL_KV_HEADS if is_latent else _whole_number(layer, "num_key_value_heads") or heads
     kv_heads = num_kv_heads or _largest_divisor(heads, limit)
     if heads % kv_heads:
         raise ConfigError(
@@ -102,8 +102,9 @@ def plain_rope(target: PreTrainedConfig) -> dict[str, Any]:
     if kind not in KEPT_ROPE_TYPES or "mrope_section" in rope:
         kind = "default"
     scaling = {name: rope[name] for name in KEPT_ROPE_TYPES[kind] if rope.get(name) is not None}
-    if kind == "yarn" and "factor" not in scaling:
-        scaling["factor"] = target.max_position_embeddings / scaling["original_max_position_embeddings"]
+    if "original_max_position_embeddings" in KEPT_ROPE_TYPES[kind]:
+        original = scaling.setdefault("original_max_position_embeddings", position_limit(target))
+        scaling.setdefault("factor", position_limit(target) / original)
     return {"rope_type": kind, "rope_theta": float(base), **scaling}
 
 
@@ -126,8 +127,12 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 
 def _mlp_width(target: PreTrainedConfig) -> int:
-    width, hidden = getattr(target, "intermediate_size", None), target.hidden_size
-    has_experts = any((getattr(target, name, None) or 1) > 1 for name in EXPERTS)
-    if not isinstance(width, int) or width < 1 or (has_experts and width < 2 * hidden):
-        return 3 * hidden
-    return width
+    width, hidden = _whole_number(target, "intermediate_size"), target.hidden_size
+    is_of_an_expert = any(_whole_number(target, name) > 1 for name in EXPERTS) and width < 2 * hidden
+    return 3 * hidden if is_of_an_expert else width or 3 * hidden
+
+
+def _whole_number(config: PreTrainedConfig, name: str) -> int:
+    """0 where there is none, or one for each layer."""
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else 0

@@ -58,13 +58,13 @@ def vocabulary_losses_reference(
     """The meaning of `vocabulary_losses`, with every logit in memory."""
 
     def logits_of(states: Tensor) -> Tensor:
-        scaled = logit_scale * functional.linear(states.to(head.dtype), head).float()
+        scaled = _scaled(functional.linear(states.to(head.dtype), head).float(), logit_scale)
         return scaled if softcap is None else soft_cap(scaled, softcap)
 
     logits = logits_of(hidden)
     if latents is not None and markov_w2 is not None:
         bias = functional.linear(latents.to(head.dtype), markov_w2.to(head.dtype)).float()
-        logits = logits + logit_scale * bias
+        logits = logits + _scaled(bias, logit_scale)
     log_probabilities = logits.log_softmax(-1)
     ce = -log_probabilities.gather(1, targets[:, None]).squeeze(1)
     loss = ce_scale * ce
