@@ -55,7 +55,7 @@ class Replay(LookupProposer):
         for prompt, output in zip(prompts, outputs, strict=True):
             for i in range(len(output)):
                 wrong = [
-                    (following + 1) % 7 if (i + j) % wrong_every == 0 else following
+                    (following + 1) % 7 if (i + j + 1) % wrong_every == 0 else following
                     for j, following in enumerate(output[i + 1 : i + 1 + block_size])
                 ]
                 self._following[*prompt, *output[: i + 1]] = wrong + [0] * (block_size - len(wrong))

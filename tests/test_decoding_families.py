@@ -61,9 +61,9 @@ def test_a_draft_that_is_always_wrong_changes_nothing(case, slots):
 
 @pytest.mark.parametrize("slots", [1, 5])
 def test_a_draft_that_is_right_or_mostly_right_changes_nothing(case, slots):
-    outputs, rounds = case.decode(case.replay(wrong_every=5), slots)
+    outputs, rounds = case.decode(case.replay(wrong_every=4), slots)
     assert outputs == case.expected
-    assert len({r.accepted for r in rounds}) >= 3
+    assert {r.accepted < r.proposed for r in rounds if r.accepted} == {True}
     outputs, rounds = case.decode(case.replay(wrong_every=10**6), slots)
     assert outputs == case.expected
     assert all(r.accepted == BLOCK for r in rounds)
@@ -93,7 +93,7 @@ def test_states_of_hybrids_under_verification_lengths_that_vary(hybrid, graphs):
     assert len({r.proposed for r in rounds}) > 2
 
 
-@pytest.mark.parametrize("wrong_every", [1, 5])
+@pytest.mark.parametrize("wrong_every", [1, 4])
 def test_states_of_hybrids_on_the_fixed_buffers_of_graphs(hybrid, wrong_every):
     outputs, _ = hybrid.decode(hybrid.replay(wrong_every), 5, graphs=True)
     assert outputs == hybrid.expected
