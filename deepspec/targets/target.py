@@ -30,7 +30,9 @@ class TargetFeatures:
 class Target:
     """A causal language model that is never trained: evaluation mode, no gradients."""
 
-    def __init__(self, model: PreTrainedModel, name_or_path: str, revision: str | None = None):
+    def __init__(
+        self, model: PreTrainedModel, name_or_path: str, revision: str | None = None, fingerprint: str | None = None
+    ):
         self.adapter = adapter_for(model.config, name_or_path)
         self.model = model.eval().requires_grad_(False)
         self.config = self.adapter.text_config(model.config)
@@ -41,7 +43,7 @@ class Target:
         self._head = self.adapter.head(model)
         parameters = inspect.signature(self._decoder.forward).parameters
         self.cache_argument = "cache" if "cache" in parameters else "past_key_values"
-        self._fingerprint: str | None = None
+        self._fingerprint = fingerprint  # of the files; None = that of the weights in memory
 
     @property
     def vocab_size(self) -> int:
@@ -86,7 +88,9 @@ class Target:
         """Identifies these weights: a draft records it and refuses any other target.
 
         SHA-256 over every weight's name, shape and evenly spaced values. The values are rounded to bfloat16 first, so
-        the fingerprint is the same in whichever dtype the weights were loaded.
+        the fingerprint is the same in whichever dtype the weights were loaded. A target that was loaded from files has
+        the fingerprint of its files (`deepspec.targets.weights`), which is the same without loading the layers: names
+        are the model's own, but weights that loading merges, splits or dequantises count as they are stored.
         """
         if self._fingerprint is None:
             self._fingerprint = fingerprint_of(self.model.named_parameters())
@@ -148,4 +152,4 @@ class Target:
             final = self._decoder(**inputs).last_hidden_state
         if not layer_ids:
             return TargetFeatures(final.new_empty(*final.shape[:2], 0), final)
-        return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), final)
+        return TargetFeatures(torch.cat([captured[i].to(final.device) for i in layer_ids], dim=-1), final)
