@@ -52,6 +52,8 @@ def explain_failure(path: str, method: str, error: Exception) -> ConfigError:
             f"target.path={path}: its weights are quantised with {method}, which needs a package: "
             f"pip install {package} ({reason})"
         )
+    if not str(error):
+        reason += "; do the files hold the quantised weights that its config.json announces?"
     gpu = "; it may need a GPU, and none is here" if not torch.cuda.is_available() else ""
     return ConfigError(
         f"target.path={path}: its weights are quantised with {method}, and Transformers cannot load them here: "
