@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from safetensors.torch import save
@@ -33,7 +32,7 @@ from deepspec.features.cache_plan import free_bytes, shard_bounds
 from deepspec.features.cache_storage import STORAGES
 from deepspec.features.cache_writer import CachePlan, begin, check_folder, documents_tensors, finish, write_shards
 from deepspec.ranks import launched_rank, launched_ranks, rank_device
-from deepspec.targets import load_target, load_target_head
+from deepspec.targets import dtype_name, load_target, load_target_head
 
 ACTIONS = ("write", "verify", "repair")
 
@@ -58,8 +57,10 @@ def write_missing(run: CacheRun, contents: Contents, plan: CachePlan) -> None:
         target = load_target(
             run.target.path,
             revision=run.target.revision,
-            dtype=getattr(torch, run.target.dtype),
+            gguf_file=run.target.gguf_file,
+            dtype=run.target.dtype,
             device=rank_device(),
+            device_map=run.target.device_map,
         )
         with progress("tokens", tokens_of(plan, mine)) as advance:
             write_shards(plan, mine, target, batch_tokens=run.features.cache_batch_tokens, advance=advance)
@@ -103,12 +104,15 @@ def look_for_damage(folder: Path) -> dict[int | str, str]:
 def plan_of(run: CacheRun, contents: Contents) -> CachePlan:
     """What is to be written for a run; reads the target's weight files for its fingerprint, and loads no layer."""
     survey, features = contents.survey, run.features
+    head = load_target_head(
+        run.target.path, revision=run.target.revision, gguf_file=run.target.gguf_file, dtype=run.target.dtype
+    )
     bounds = shard_bounds(contents.document_bytes(features.cache_dtype), int(features.cache_shard_mib * 2**20))
     settings = CacheSettings(
-        target=run.target.path,
+        target=head.name_or_path,
         target_revision=run.target.revision,
-        target_fingerprint=load_target_head(run.target.path, revision=run.target.revision).fingerprint,
-        target_dtype=run.target.dtype,
+        target_fingerprint=head.fingerprint,
+        target_dtype=dtype_name(head.dtype),
         rendering=Rendering.of(contents.tokenizer, run.data.template_options, run.data.max_length),
         layer_ids=contents.layer_ids,
         hidden_size=contents.hidden_size,

@@ -52,8 +52,11 @@ def contents_of(run: CacheRun) -> Contents:
     Raises:
         ConfigError, ValueError, DataError: as a training run with these keys would.
     """
-    target_config = load_target_config(run.target.path, run.target.revision)
-    tokenizer = load_tokenizer(run.target.path, revision=run.target.revision, chat_template=run.data.chat_template)
+    target = run.target
+    target_config = load_target_config(target.path, target.revision, target.gguf_file)
+    tokenizer = load_tokenizer(
+        target.path, revision=target.revision, gguf_file=target.gguf_file, chat_template=run.data.chat_template
+    )
     check_vocabulary(tokenizer, target_config.vocab_size, run.target.path)
     settings = DraftSettings.of(draft_config_of(run, target_config, tokenizer))
     datasets = [dataset for dataset in load_datasets(run, tokenizer) if dataset is not None]

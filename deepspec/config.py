@@ -27,7 +27,9 @@ def near_match(word: str, candidates: Iterable[str]) -> str:
 class TargetConfig:
     path: str = "builtin"  # "builtin", a folder, or a Hub id of a Hugging Face causal language model
     revision: str | None = None  # Hub branch, tag or commit
-    dtype: str = "float32"  # computing dtype of the frozen target: float32, bfloat16, float16
+    gguf_file: str | None = None  # name of a GGUF file in that folder or repository, which holds the model
+    dtype: str = "auto"  # of the frozen target: auto (the checkpoint's own), float32, bfloat16, float16
+    device_map: str | None = None  # spread over several GPUs: auto, balanced, balanced_low_0, sequential; null = on one
 
 
 @dataclass
@@ -188,7 +190,8 @@ class EvalRun:
 
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "target.dtype": ("float32", "bfloat16", "float16"),
+    "target.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "target.device_map": ("auto", "balanced", "balanced_low_0", "sequential"),
     "draft.algorithm": ("dspark", "dflash"),
     "draft.architecture": ("Qwen3DSparkModel", "Gemma4DSparkModel"),
     "draft.markov_head_type": ("vanilla", "gated", "rnn"),
@@ -283,6 +286,11 @@ def validate(config: TrainRun | EvalRun) -> None:
                 _check_range(key, number)
     if isinstance(config, TrainRun):
         _validate_training(config)
+    elif config.target.device_map is not None:
+        raise ConfigError(
+            f"target.device_map={config.target.device_map}: decoding keeps its caches on one device; set it to null "
+            "and evaluate where one GPU holds the target"
+        )
     elif "" in config.decode.stop_strings:
         raise ConfigError(f"decode.stop_strings={config.decode.stop_strings}: an empty string would end every answer")
 
@@ -303,6 +311,11 @@ def _validate_training(config: TrainRun) -> None:
     if not config.data.train_files:
         raise ConfigError("data.train_files=[]: name at least one JSONL file of conversations")
     _validate_features(config.features)
+    if config.target.device_map is not None and config.features.target_device != "same":
+        raise ConfigError(
+            f"target.device_map={config.target.device_map} and features.target_device={config.features.target_device}: "
+            "both say where the target lies; leave one of them out"
+        )
     if train.steps is None and train.epochs <= 0:
         raise ConfigError(f"train.epochs={train.epochs}: must be above 0 when train.steps is not set")
     if train.tokens_per_batch is not None and train.micro_batch_size is not None:

@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from deepspec.config import ConfigError
+
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -26,30 +28,33 @@ def match_digests(folder: Path, digests: Mapping[str, str]) -> bool:
     return all((folder / name).is_file() and sha256_of(folder / name) == digest for name, digest in digests.items())
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model saved in one file or in several with an index.
+def weight_files(folder: Path, single: str = SINGLE_FILE) -> list[Path]:
+    """The files of a model saved in one file, named `single`, or in several with an index.
 
     Raises:
         FileNotFoundError: one of them is missing.
-        ValueError: the index is damaged.
+        ConfigError: the index is damaged.
     """
-    names = [SINGLE_FILE]
-    if (folder / INDEX_FILE).is_file():
+    names, index = [single], folder / f"{single}.index.json"
+    if index.is_file():
         try:
-            names = sorted(set(json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / INDEX_FILE}: not a readable index of weight files: {error}") from error
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{index}: not a readable index of weight files: {error}") from error
     for name in names:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: missing weight file; copy or download it again")
     return [folder / name for name in names]
 
 
-def download_model(repo: str, revision: str | None, key: str) -> Path:
+def download_model(
+    repo: str, revision: str | None, key: str, files: Sequence[str] = ("*.json", "model*.safetensors")
+) -> Path:
     """The folder of a Hub repository's configs and weights in the local cache, fetched where they are not there.
 
     Args:
         key: of the configuration that names the repository, for the message.
+        files: patterns of the names that are fetched.
 
     Raises:
         FileNotFoundError: it cannot be fetched.
@@ -58,7 +63,7 @@ def download_model(repo: str, revision: str | None, key: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{key}={repo}: no such folder, and it could not be fetched from the Hub"

@@ -146,7 +146,7 @@ def test_short_samples_are_dropped_and_none_left_is_an_error(tokenizer, tmp_path
 
 def test_vocabulary_mismatch(tokenizer):
     check_vocabulary(tokenizer, len(tokenizer), "target")
-    with pytest.raises(ValueError, match=f"ids up to {len(tokenizer) - 1}, but the target t has a vocabulary of 100"):
+    with pytest.raises(ValueError, match=f"ids up to {len(tokenizer) - 1}, but the target has a vocabulary of 100"):
         check_vocabulary(tokenizer, 100, "t")
 
 

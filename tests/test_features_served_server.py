@@ -254,7 +254,7 @@ def test_shutdown_finishes_what_runs_and_refuses_the_rest(target, gate, pool):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "dtype=int8: must be one of float32, bfloat16, float16"),
+        ({"dtype": "int8"}, "dtype=int8: must be one of auto, float32, bfloat16, float16"),
         ({"batch_tokens": 0}, "batch_tokens=0: must be above 0"),
         ({"port": 70000}, "host=127.0.0.1 port=70000: cannot listen there"),
         ({"host": "no.such.host.invalid"}, "host=no.such.host.invalid port=8900: cannot listen there"),

@@ -15,6 +15,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
+from deepspec.config import ConfigError
 from deepspec.data.chat import render_conversation
 from deepspec.data.jsonl import DataError, read_jsonl
 from deepspec.data.packing import Sample
@@ -64,13 +65,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, target
     """Refuse a tokenizer that can produce ids outside the target's embedding.
 
     Raises:
-        ValueError: naming the largest id and the vocabulary size.
+        ConfigError: naming the largest id and the vocabulary size.
     """
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
-        raise ValueError(
-            f"the tokenizer has ids up to {largest}, but the target {target_path} has a vocabulary of {vocab_size}; "
-            "they do not belong together: give the tokenizer that the target was trained with"
+        raise ConfigError(
+            f"target.path={target_path}: the tokenizer has ids up to {largest}, but the target has a vocabulary of "
+            f"{vocab_size}; they do not belong together: put the tokenizer there that the target was trained with"
         )
 
 

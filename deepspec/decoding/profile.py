@@ -33,7 +33,7 @@ from deepspec.drafts import load_draft
 from deepspec.drafts.loading import find_draft_folder, read_draft_config
 from deepspec.environment import command_line, machine, versions
 from deepspec.files import write_atomically
-from deepspec.targets import Target, load_target
+from deepspec.targets import Target, dtype_name, load_target
 
 DTYPES = CHOICES["target.dtype"]
 WARM_UP = 3  # runs of every size that are not counted
@@ -47,7 +47,8 @@ class ProfileOptions:
     checkpoint: str = "???"  # draft folder, run folder (its newest checkpoint) or Hub id
     target: str | None = None  # null = the one that the draft was trained for
     revision: str | None = None  # of the target
-    dtype: str = "float32"  # of both: float32, bfloat16, float16
+    gguf_file: str | None = None  # of the target
+    dtype: str = "auto"  # of both: auto (the target's own), float32, bfloat16, float16
     device: str | None = None  # null = cuda where there is one, else cpu
     tokens: list[int] = field(
         default_factory=lambda: [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
@@ -124,16 +125,16 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
     _check(options)
     folder = find_draft_folder(options.checkpoint)
     config = read_draft_config(folder)
-    path, revision = options.target, options.revision
+    path, revision, gguf_file = options.target, options.revision, options.gguf_file
     if path is None:
         path = getattr(config, "target_model_name_or_path", None)
         revision = revision or getattr(config, "target_revision", None)
+        gguf_file = gguf_file or getattr(config, "target_gguf_file", None)
     if path is None:
         raise ConfigError(f"{folder} does not say what target it was trained for; give target=FOLDER")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, options.dtype)
-    target = load_target(path, revision=revision, dtype=dtype, device=device)
-    proposer = DSparkProposer(load_draft(folder, dtype=dtype, device=device, target=target), target)
+    target = load_target(path, revision=revision, gguf_file=gguf_file, dtype=options.dtype, device=device)
+    proposer = DSparkProposer(load_draft(folder, dtype=target.dtype, device=device, target=target), target)
     tokens_per_row = options.tokens_per_row or proposer.block_size + 1
     layouts = {tokens: layout(tokens, tokens_per_row) for tokens in sorted(set(options.tokens))}
     slots, columns = max([rows for rows, _ in layouts.values()] + options.rows), options.context + tokens_per_row
@@ -150,7 +151,7 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
     of_drafts = measure(drafts, options.repeats, target.device)
     return {
         "source": "measured",
-        "target": {"path": path, "dtype": options.dtype, "fingerprint": target.fingerprint},
+        "target": {"path": path, "dtype": dtype_name(target.dtype), "fingerprint": target.fingerprint},
         "settings": asdict(options) | {"device": device, "tokens_per_row": tokens_per_row},
         **curves(of_passes, of_drafts, {tokens: rows for tokens, (rows, _) in layouts.items()}),
         "machine": machine(),

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError, EvalRun
@@ -20,7 +21,7 @@ from deepspec.drafts.loading import find_draft_folder, read_draft_config
 from deepspec.evaluation.records import Key, digest_of
 from deepspec.evaluation.sets import Prompt, load_set
 from deepspec.files import sha256_of
-from deepspec.targets import load_target_config, load_tokenizer, resolve_path
+from deepspec.targets import dtype_name, load_target_config, load_tokenizer, resolve_dtype, resolve_path
 
 MEBIBYTE = 2**20
 
@@ -55,6 +56,7 @@ class Plan:
     stop_token_ids: tuple[int, ...]
     positions: int  # of the target
     max_length: int  # positions per slot
+    target_dtype: torch.dtype
     settings_digest: str  # of all that outputs and speeds depend on, except prompts and temperature
 
 
@@ -72,8 +74,11 @@ def make_plan(config: EvalRun) -> Plan:
     if not config.eval.temperatures:
         raise ConfigError("eval.temperatures=[]: name at least one temperature")
     target, options = config.target, config.data
-    positions = load_target_config(target.path, target.revision).max_position_embeddings
-    tokenizer = load_tokenizer(target.path, revision=target.revision, chat_template=options.chat_template)
+    positions = load_target_config(target.path, target.revision, target.gguf_file).max_position_embeddings
+    tokenizer = load_tokenizer(
+        target.path, revision=target.revision, gguf_file=target.gguf_file, chat_template=options.chat_template
+    )
+    dtype = resolve_dtype(target.dtype, target.path, revision=target.revision, gguf_file=target.gguf_file)
     folder = find_draft_folder(config.checkpoint)
     draft_config = read_draft_config(folder)
     settings = DraftSettings.of(draft_config)
@@ -117,7 +122,8 @@ def make_plan(config: EvalRun) -> Plan:
         stops,
         positions,
         _slot_length(config, prompts, positions, settings.block_size),
-        digest_of([weights, target_identity(config), target.dtype, decoding, config.seed, stops]),
+        dtype,
+        digest_of([weights, target_identity(config), dtype_name(dtype), decoding, config.seed, stops]),
     )
 
 
@@ -189,9 +195,11 @@ def stop_tokens(path: str, revision: str | None, tokenizer: PreTrainedTokenizerB
 
 def target_identity(config: EvalRun) -> list[Any]:
     """Tells targets apart without reading all of them: sizes, beginnings and ends of a local folder's weight files."""
-    folder = Path(resolve_path(config.target.path))
-    identity: list[Any] = [config.target.path, config.target.revision]
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+    target = config.target
+    folder = Path(resolve_path(target.path, target.gguf_file))
+    identity: list[Any] = [target.path, target.revision, *([target.gguf_file] if target.gguf_file else [])]
+    patterns = [target.gguf_file] if target.gguf_file else ["*.safetensors", "pytorch_model*.bin"]
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)) if folder.is_dir() else []:
         with file.open("rb") as content:
             digest = hashlib.sha256(content.read(MEBIBYTE))
             content.seek(max(0, file.stat().st_size - MEBIBYTE))

@@ -31,7 +31,7 @@ from deepspec.evaluation.records import Decoding, Key, Record, RecordStore
 from deepspec.evaluation.sets import Prompt
 from deepspec.evaluation.summary import print_table, results_of, samples_of, write_results
 from deepspec.ranks import check_ranks, launched_ranks, runs_on_cpu
-from deepspec.targets import load_target
+from deepspec.targets import describe_target, dtype_name, load_target
 
 WARM_UP_TOKENS = 8
 
@@ -77,7 +77,7 @@ def evaluate(config: EvalRun) -> dict[str, Any]:
         if failed := sum(values["failed"] for result in metrics["results"] for values in result["sets"].values()):
             console.print(
                 f"{failed} prompts ended early because their logits were not finite; is a model damaged, or "
-                f"target.dtype={config.target.dtype} too narrow?",
+                f"target.dtype={dtype_name(plan.target_dtype)} too narrow?",
                 soft_wrap=True,
             )
         if not pending:
@@ -173,6 +173,7 @@ def _decode(config: EvalRun, plan: Plan, chunks: list[Chunk], store: RecordStore
     prompts = sum(len(chunk.prompts) for chunk in chunks)
     with EvaluationProgress(prompts, is_main=state.is_main_process) as progress:
         on_ranks = f", on each of {state.num_processes} ranks" if state.num_processes > 1 else ""
+        progress.say(describe_target(decoder.speculative.target))
         progress.say(f"decoding {prompts} prompts{on_ranks}, {state.device}; interrupt and go on at any time")
         for number, chunk in enumerate(chunks):
             record = decoder.decode(chunk, plain_first=number % 2 == 1)
@@ -183,9 +184,14 @@ def _decode(config: EvalRun, plan: Plan, chunks: list[Chunk], store: RecordStore
 
 
 def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
-    dtype = getattr(torch, config.target.dtype)
-    target = load_target(config.target.path, revision=config.target.revision, dtype=dtype, device=device)
-    draft = load_draft(plan.draft_folder, dtype=dtype, device=device, target=target)
+    target = load_target(
+        config.target.path,
+        revision=config.target.revision,
+        gguf_file=config.target.gguf_file,
+        dtype=plan.target_dtype,
+        device=device,
+    )
+    draft = load_draft(plan.draft_folder, dtype=plan.target_dtype, device=device, target=target)
 
     def text_of(ids: list[int]) -> str:
         """Special tokens stay, so that a stop string may name one."""
@@ -241,14 +247,15 @@ def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record]) -> dict[str
     target = {
         "path": config.target.path,
         "revision": config.target.revision,
-        "dtype": config.target.dtype,
+        "gguf_file": config.target.gguf_file,
+        "dtype": dtype_name(plan.target_dtype),
         "fingerprint": getattr(plan.draft_config, "target_fingerprint", None),
     }
     return {
         "draft": draft,
         "target": target,
         "results": results,
-        "settings": flatten(config),
+        "settings": flatten(config) | {"target.dtype": dtype_name(plan.target_dtype)},
         "settings_digest": plan.settings_digest,
         "machine": machine(),
         "versions": versions(),

@@ -40,7 +40,7 @@ from deepspec.features.wire import (
     decode_request,
     encode_answer,
 )
-from deepspec.targets import load_target
+from deepspec.targets import describe_target, dtype_name, load_target
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,10 @@ class ServeOptions:
 
     target: str = "builtin"  # "builtin", a folder, or a Hub id
     revision: str | None = None  # Hub branch, tag or commit
-    dtype: str = "float32"  # computing dtype of the target: float32, bfloat16, float16
+    gguf_file: str | None = None  # name of a GGUF file there, which holds the model
+    dtype: str = "auto"  # computing dtype of the target: auto (the checkpoint's own), float32, bfloat16, float16
     device: str | None = None  # cpu, cuda, cuda:1, ...; null = an accelerator if there is one
+    device_map: str | None = None  # spread over several GPUs: auto, balanced, balanced_low_0, sequential; null = on one
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 = all, only in a network that you trust
     port: int = 8900  # 0 = any free one
     batch_tokens: int = 16384  # tokens of one forward pass, and so the largest request and the longest document
@@ -132,15 +134,23 @@ def serve(options: ServeOptions) -> None:
     _check_options(options)
     listener = _bind(options.host, options.port)
     device = torch.device(options.device or _best_device())
-    target = load_target(options.target, revision=options.revision, dtype=getattr(torch, options.dtype), device=device)
+    target = load_target(
+        options.target,
+        revision=options.revision,
+        gguf_file=options.gguf_file,
+        dtype=options.dtype,
+        device=device,
+        device_map=options.device_map,
+    )
+    logger.info(describe_target(target))
     engine = FeatureEngine(target, Limits(options.batch_tokens, options.max_queue, options.merge_requests))
     app = create_app(engine, body_seconds=options.body_seconds, token=os.environ.get(TOKEN_VARIABLE))
     logger.info(
         "serving %s (%s, %s on %s) at http://%s:%d",
-        options.target,
+        target.name_or_path,
         target.fingerprint[:12],
-        options.dtype,
-        device,
+        dtype_name(target.dtype),
+        target.device,
         *listener.getsockname()[:2],
     )
     config = uvicorn.Config(
@@ -238,6 +248,8 @@ def _best_device() -> str:
 def _check_options(options: ServeOptions) -> None:
     if options.dtype not in CHOICES["target.dtype"]:
         raise ConfigError(f"dtype={options.dtype}: must be one of {', '.join(CHOICES['target.dtype'])}")
+    if options.device_map not in (None, *CHOICES["target.device_map"]):
+        raise ConfigError(f"device_map={options.device_map}: must be one of {', '.join(CHOICES['target.device_map'])}")
     for name in ("batch_tokens", "max_queue", "body_seconds", "grace_seconds"):
         if getattr(options, name) <= 0:
             raise ConfigError(f"{name}={getattr(options, name)}: must be above 0")

@@ -70,6 +70,8 @@ class LentTarget(Protocol):
     revision: str | None
 
     @property
+    def num_layers(self) -> int: ...
+    @property
     def fingerprint(self) -> str: ...
     @property
     def head_weight(self) -> Tensor:

@@ -29,7 +29,7 @@ from deepspec.data.packing import TokenBatch
 from deepspec.features.replicas import Replica, Replicas, Unavailable
 from deepspec.features.served import LentTarget, Share, put_together, shares_of
 from deepspec.features.wire import FeatureAnswer
-from deepspec.targets import TargetFeatures, load_target_config
+from deepspec.targets import TargetFeatures
 
 POLL = 0.002  # seconds between two looks at a lock
 REQUESTS_UNDER_WAY = 32  # on each server: it batches them itself
@@ -77,8 +77,7 @@ class VllmFeatures:
         self, replicas: Replicas, target: LentTarget, layer_ids: Sequence[int], *, device: torch.device, timeout: float
     ):
         self._replicas = replicas
-        config = load_target_config(target.name_or_path, target.revision)
-        self._wanted = vllm_layer_ids(layer_ids, config.num_hidden_layers)
+        self._wanted = vllm_layer_ids(layer_ids, target.num_layers)
         self._dtype, self._hidden_size = target.head_weight.dtype, target.head_weight.shape[1]
         self._norm = deepcopy(target.final_norm).to(device)
         self._device = device

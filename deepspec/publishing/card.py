@@ -165,8 +165,12 @@ def _usage(source: DraftSource, repo_id: str) -> str:
     revision = getattr(source.config, "target_revision", None)
     known = target == BUILTIN_TARGET or is_hub_id(target)
     path = target if known else "PATH_OF_THE_TARGET"
+    gguf_file = getattr(source.config, "target_gguf_file", None)
     pinned_argument = f', revision="{revision}"' if revision else ""
     pinned_override = f" target.revision={revision}" if revision else ""
+    if gguf_file:
+        pinned_argument += f', gguf_file="{gguf_file}"'
+        pinned_override += f" target.gguf_file={gguf_file}"
     checked = ""
     if getattr(source.config, "target_fingerprint", None):
         checked = "  # refuses a target that it was not trained for"

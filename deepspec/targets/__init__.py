@@ -2,8 +2,16 @@
 
 from deepspec.targets.adapters import ADAPTERS, TargetAdapter, adapter_for, register_adapter
 from deepspec.targets.attention import attend_with
-from deepspec.targets.head import TargetHead, load_target_head
-from deepspec.targets.loading import BUILTIN_WEIGHTS, load_target, load_target_config, load_tokenizer, resolve_path
+from deepspec.targets.head import TargetHead, describe_head, load_target_head
+from deepspec.targets.loading import describe_target, load_target
+from deepspec.targets.source import (
+    BUILTIN_WEIGHTS,
+    dtype_name,
+    load_target_config,
+    load_tokenizer,
+    resolve_dtype,
+    resolve_path,
+)
 from deepspec.targets.target import Target, TargetFeatures
 
 __all__ = [
@@ -15,10 +23,14 @@ __all__ = [
     "TargetHead",
     "adapter_for",
     "attend_with",
+    "describe_head",
+    "describe_target",
+    "dtype_name",
     "load_target",
     "load_target_config",
     "load_target_head",
     "load_tokenizer",
     "register_adapter",
+    "resolve_dtype",
     "resolve_path",
 ]

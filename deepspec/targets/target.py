@@ -32,7 +32,9 @@ class TargetFeatures:
 class Target:
     """A causal language model that is never trained: evaluation mode, no gradients."""
 
-    def __init__(self, model: PreTrainedModel, name_or_path: str, revision: str | None = None):
+    def __init__(
+        self, model: PreTrainedModel, name_or_path: str, revision: str | None = None, fingerprint: str | None = None
+    ):
         """
         Raises:
             ConfigError: a family that the tests do not know, and the probe of it failed, see `probe_family`.
@@ -48,7 +50,7 @@ class Target:
         self.logit_scale = self.adapter.logit_scale(self.config)
         self.final_logit_softcapping = self.adapter.final_logit_softcapping(self.config)
         self.cache_argument = cache_argument(self._decoder)
-        self._fingerprint: str | None = None
+        self._fingerprint = fingerprint  # of the files; None = that of the weights in memory
         if self.config.model_type not in TESTED_FAMILIES:
             probe_family(self)
 
@@ -95,7 +97,9 @@ class Target:
         """Identifies these weights: a draft records it and refuses any other target.
 
         SHA-256 over every weight's name, shape and evenly spaced values. The values are rounded to bfloat16 first, so
-        the fingerprint is the same in whichever dtype the weights were loaded.
+        the fingerprint is the same in whichever dtype the weights were loaded. A target that was loaded from files has
+        the fingerprint of its files (`deepspec.targets.weights`), which is the same without loading the layers: names
+        are the model's own, but weights that loading merges, splits or dequantises count as they are stored.
         """
         if self._fingerprint is None:
             self._fingerprint = fingerprint_of(self.model.named_parameters())
@@ -170,7 +174,7 @@ class Target:
             final = self._decoder(**inputs).last_hidden_state
         if not layer_ids:
             return TargetFeatures(final.new_empty(*final.shape[:2], 0), final)
-        return TargetFeatures(torch.cat([captured[i] for i in layer_ids], dim=-1), final)
+        return TargetFeatures(torch.cat([captured[i].to(final.device) for i in layer_ids], dim=-1), final)
 
     def _run_two_tokens(self, cache: Cache) -> None:
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)

@@ -53,6 +53,7 @@ def train(config: TrainRun) -> TrainResult:
     stop = StopRequest()
     trainer = Trainer(config, accelerator, materials, start, stop)
     with stop, Reporter(config, accelerator, start=start.step, steps=trainer.steps) as reporter:
+        reporter.say(materials.target_summary)
         reporter.say(trainer.description())
         try:
             finished = trainer.run(reporter)

@@ -21,6 +21,7 @@ from deepspec.checkpoints import (
 )
 from deepspec.config import ConfigError, TrainRun, flatten
 from deepspec.files import sha256_of
+from deepspec.targets import dtype_name, resolve_dtype
 from deepspec.training.devices import launcher_name
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ FREE_KEYS = {
     "train.eval_steps",
     "train.resume",
     "train.collective_timeout",
+    "target.device_map",
 }
 FREE_GROUPS = ("logging.", "features.")
 
@@ -107,6 +109,9 @@ def run_identity(config: TrainRun) -> dict[str, Any]:
     identity = {
         key: value for key, value in flatten(config).items() if key not in FREE_KEYS and not key.startswith(FREE_GROUPS)
     }
+    target = config.target
+    dtype = resolve_dtype(target.dtype, target.path, revision=target.revision, gguf_file=target.gguf_file)
+    identity["target.dtype"] = dtype_name(dtype)
     for file in config.data.train_files:
         identity[f"content of {file}"] = sha256_of(file) if Path(file).is_file() else None
     return json.loads(json.dumps(identity, default=str))

@@ -23,6 +23,9 @@ from deepspec.targets import (
     Target,
     TargetHead,
     adapter_for,
+    describe_head,
+    describe_target,
+    dtype_name,
     load_target,
     load_target_config,
     load_target_head,
@@ -46,6 +49,8 @@ class Materials:
     train_set: ConversationDataset
     eval_set: ConversationDataset | None
     pad_id: int
+    target_dtype: torch.dtype
+    target_summary: str  # what of the target is in memory, in a line
 
 
 def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Path | None) -> Materials:
@@ -57,9 +62,12 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         ValueError: a tokenizer that does not belong to the target, or a checkpoint of another target.
         DataError: unusable data, or a feature cache that does not fit the run.
     """
-    target_config = load_target_config(config.target.path, config.target.revision)
+    target_config = load_target_config(config.target.path, config.target.revision, config.target.gguf_file)
     tokenizer = load_tokenizer(
-        config.target.path, revision=config.target.revision, chat_template=config.data.chat_template
+        config.target.path,
+        revision=config.target.revision,
+        gguf_file=config.target.gguf_file,
+        chat_template=config.data.chat_template,
     )
     check_vocabulary(tokenizer, target_config.vocab_size, config.target.path)
     draft_config = draft_config_of(config, target_config, tokenizer)
@@ -69,6 +77,7 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         train_set, eval_set = load_datasets(config, tokenizer)
     target = _load_target(config, accelerator)
     draft_config.target_fingerprint = target.fingerprint
+    draft_config.target_gguf_file = config.target.gguf_file
     if checkpoint is None:
         draft = build_draft(draft_config, target, seed=config.seed)
         if config.draft.start_from_target:
@@ -85,16 +94,30 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         train_set=train_set,
         eval_set=eval_set,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        target_dtype=target.dtype,
+        target_summary=describe_target(target) if isinstance(target, Target) else describe_head(target),
     )
 
 
 def _load_target(config: TrainRun, accelerator: Accelerator) -> Target | TargetHead:
     """The target; where its features come from elsewhere, no more of it than draft and source take from it."""
-    path, revision, dtype = config.target.path, config.target.revision, getattr(torch, config.target.dtype)
+    wanted = config.target
     if config.features.source != "online":
-        return load_target_head(path, revision=revision, dtype=dtype)
-    device = target_device(config.features.target_device, accelerator)
-    return load_target(path, revision=revision, dtype=dtype, device=device)
+        return load_target_head(wanted.path, revision=wanted.revision, gguf_file=wanted.gguf_file, dtype=wanted.dtype)
+    if wanted.device_map is not None and accelerator.num_processes > 1:
+        raise ConfigError(
+            f"target.device_map={wanted.device_map}: each of the {accelerator.num_processes} ranks would spread a "
+            "target of its own over the GPUs; train with one process, or serve the target (features.source=served, "
+            f"python -m deepspec.features.serve target={wanted.path} device_map={wanted.device_map})"
+        )
+    return load_target(
+        wanted.path,
+        revision=wanted.revision,
+        gguf_file=wanted.gguf_file,
+        dtype=wanted.dtype,
+        device=target_device(config.features.target_device, accelerator),
+        device_map=wanted.device_map,
+    )
 
 
 def _feature_source(
@@ -113,7 +136,7 @@ def _feature_source(
     return CachedFeatures(
         config.features.cache_dir,
         target_fingerprint=target.fingerprint,
-        target_dtype=config.target.dtype,
+        target_dtype=dtype_name(target.dtype),
         layer_ids=layer_ids,
         rendering=Rendering.of(tokenizer, config.data.template_options, config.data.max_length),
         device=device,

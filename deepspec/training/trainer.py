@@ -68,7 +68,7 @@ class Trainer:
         materials.draft.checkpoint_activations = config.train.activation_checkpointing
         if config.train.compile:
             materials.draft.compile_layers()
-        hold_target_weights_as_buffers(materials.draft, getattr(torch, config.target.dtype))
+        hold_target_weights_as_buffers(materials.draft, materials.target_dtype)
         self.module = DraftTrainingModule(materials.draft, config.train.loss).to(accelerator.device)
         cast_inside(self.module, accelerator, config.train.mixed_precision)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
