@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import resource
 import shutil
 import signal
@@ -153,6 +155,19 @@ def test_impossible_draft_fails_before_weights_are_read(training_world, tmp_path
     config = tiny_run(training_world, tmp_path / "run", draft={"target_layer_ids": [0, 3]})
     with pytest.raises(ConfigError, match=r"draft.target_layer_ids=\[0, 3\]: 3 is the final layer"):
         train(changed(config, target={"path": str(tmp_path / "target")}))
+
+
+def test_length_beyond_the_targets_range_is_told(training_world, tmp_path, caplog):
+    shutil.copytree(training_world / "target", tmp_path / "target")
+    file = tmp_path / "target" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 48}))
+    config = changed(tiny_run(training_world, tmp_path / "run", steps=1), target={"path": str(tmp_path / "target")})
+    train(config)
+    told = [record.message for record in caplog.records if "data.max_length=" in record.message]
+    assert len(told) == 1
+    assert "data.max_length=64, but target" in told[0]
+    assert "reads 48 positions" in told[0]
+    assert re.search(r" [1-9]\d* of 15 samples are longer; set data.max_length=48", told[0])
 
 
 def test_missing_data_file(training_world, tmp_path):

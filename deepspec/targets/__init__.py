@@ -3,6 +3,7 @@
 from deepspec.targets.adapters import ADAPTERS, TargetAdapter, adapter_for, register_adapter
 from deepspec.targets.attention import attend_with
 from deepspec.targets.head import TargetHead, load_target_head
+from deepspec.targets.positions import position_range
 from deepspec.targets.target import (
     BUILTIN_WEIGHTS,
     Target,
@@ -26,6 +27,7 @@ __all__ = [
     "load_target_config",
     "load_target_head",
     "load_tokenizer",
+    "position_range",
     "register_adapter",
     "resolve_path",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,17 @@ from deepspec.features import CachedFeatures, FeatureSource, OnlineFeatures, Ren
 from deepspec.features.served import connect_served
 from deepspec.features.vllm import connect_vllm
 from deepspec.ranks import ranks_on_this_machine
-from deepspec.targets import Target, TargetHead, load_target, load_target_config, load_target_head, load_tokenizer
+from deepspec.targets import (
+    Target,
+    TargetHead,
+    load_target,
+    load_target_config,
+    load_target_head,
+    load_tokenizer,
+    position_range,
+)
+
+logger = logging.getLogger(__name__)
 
 CONNECT: dict[str, Callable[..., FeatureSource]] = {
     "served": connect_served,
@@ -53,6 +64,8 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     draft_config = draft_config_of(config, target_config, tokenizer)
     with accelerator.main_process_first():
         train_set, eval_set = load_datasets(config, tokenizer)
+    if accelerator.is_main_process:
+        _note_length(config, position_range(target_config), train_set)
     target = _load_target(config, accelerator)
     draft_config.target_fingerprint = target.fingerprint
     if checkpoint is None:
@@ -72,6 +85,22 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         eval_set=eval_set,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
     )
+
+
+def _note_length(config: TrainRun, positions: int, train_set: ConversationDataset) -> None:
+    """Say so if samples may be longer than the target can read."""
+    if config.data.max_length > positions:
+        longer = int((train_set.lengths() > positions).sum())
+        logger.warning(
+            "data.max_length=%d, but target %s reads %d positions: its features beyond them mean little, and %d of %d "
+            "samples are longer; set data.max_length=%d",
+            config.data.max_length,
+            config.target.path,
+            positions,
+            longer,
+            len(train_set),
+            positions,
+        )
 
 
 def _load_target(config: TrainRun, accelerator: Accelerator) -> Target | TargetHead:
