@@ -18,10 +18,11 @@ from deepspec.checkpoints import CheckpointError
 from deepspec.config import ConfigError, near_match
 from deepspec.data.jsonl import DataError
 from deepspec.ranks import LostRankError, launched_ranks, local_rank, tells_of_lost_rank
+from deepspec.training.finite import NotFiniteError
 
 Options = TypeVar("Options")
 # What a command answers with its message alone, without a traceback: the message says what to do.
-USER_MISTAKES = (ConfigError, DataError, CheckpointError, FileNotFoundError, LostRankError)
+USER_MISTAKES = (ConfigError, DataError, CheckpointError, FileNotFoundError, LostRankError, NotFiniteError)
 # Seconds. When one rank ends, the launcher ends the others within a tenth of a second: who waits lets another speak.
 WAIT_FOR_FIRST_RANK, WAIT_FOR_LOST_RANK = 3.0, 10.0
 

@@ -16,7 +16,9 @@ from transformers import AutoTokenizer
 from deepspec.checkpoints import CheckpointError, checkpoint_folder, newest_checkpoint
 from deepspec.config import ConfigError
 from deepspec.data.jsonl import DataError
-from deepspec.training import train
+from deepspec.features import OnlineFeatures
+from deepspec.training import setup, train
+from deepspec.training.finite import NotFiniteError
 from deepspec.training.log import read_metrics
 from deepspec.training.objective import DraftTrainingModule
 from deepspec.training.report import Reporter
@@ -84,6 +86,52 @@ def test_gradient_that_turns_nan_behind_a_finite_loss(training_world, tmp_path, 
     assert newest_checkpoint(tmp_path, subfolder="") == checkpoint_folder(tmp_path, 2)
 
 
+class OverflowingFeatures:
+    """A feature source whose target overflows in two samples."""
+
+    def __init__(self, source):
+        self._source = source
+        self.concurrency, self.flops_per_token, self.is_remote = 1, source.flops_per_token, False
+
+    def batch_features(self, batch):
+        features = self._source.batch_features(batch)
+        for document in batch.documents:
+            if document.index == 3:
+                features.context[document.row, document.columns, 32:] = float("inf")  # the second of two layers
+            if document.index in (3, 5):
+                features.final[document.row, document.columns] = float("nan")
+        return features
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        ("float16", "target.dtype=float16 is too narrow for this target: set target.dtype=bfloat16 or float32"),
+        ("bfloat16", "target.dtype=bfloat16 is too narrow for this target: set target.dtype=float32"),
+        ("float32", "look at the target's weights, are they damaged?"),
+    ],
+)
+@pytest.mark.parametrize("split", [{"micro_batch_size": 2}, {"tokens_per_batch": 128}], ids=["padded", "packed"])
+def test_features_that_overflow_are_not_blamed_on_the_learning_rate(
+    training_world, tmp_path, monkeypatch, dtype, advice, split
+):
+    monkeypatch.setattr(setup, "OnlineFeatures", lambda *arguments: OverflowingFeatures(OnlineFeatures(*arguments)))
+    config = tiny_run(training_world, tmp_path, global_batch_size=20, **split)
+    with pytest.raises(NotFiniteError) as error:
+        train(changed(config, target={"dtype": dtype}, data={"min_supervised_tokens": 0}))
+    message = str(error.value)
+    samples = "(row3, row5|row5, row3)"
+    assert re.search(
+        rf"step 1: the target's features are not finite: layer 1, the final state of samples {samples} \(ids", message
+    )
+    assert advice in message
+    assert "there is no checkpoint yet" in message
+    assert "train.lr" not in message
+
+
 def single_token_answers(path, count, also=()):
     """Rows whose assistant turn is one supervised token: no two in a row, so no anchor."""
     rows = [
@@ -98,7 +146,7 @@ def test_data_without_a_single_anchor(training_world, tmp_path):
     config = changed(
         tiny_run(training_world, tmp_path / "run"), data={"train_files": [file], "min_supervised_tokens": 0}
     )
-    with pytest.raises(ValueError, match=r"a whole pass over the data found no place for an anchor") as error:
+    with pytest.raises(DataError, match=r"a whole pass over the data found no place for an anchor") as error:
         train(config)
     assert file in str(error.value)
     assert "two assistant tokens in a row" in str(error.value)
