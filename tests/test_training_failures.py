@@ -152,7 +152,7 @@ def test_data_without_a_single_anchor(training_world, tmp_path):
     assert "two assistant tokens in a row" in str(error.value)
 
 
-def test_batch_without_an_anchor_changes_nothing(training_world, tmp_path, caplog):
+def test_batch_without_an_anchor_changes_nothing(training_world, tmp_path, caplog, capsys):
     answer = {"role": "assistant", "content": "So it is. 1 + 2 = 3."}
     good = {"id": "good", "messages": [{"role": "user", "content": "1 + 2?"}, answer]}
     file = single_token_answers(tmp_path / "mostly.jsonl", 15, also=[good])
@@ -165,6 +165,9 @@ def test_batch_without_an_anchor_changes_nothing(training_world, tmp_path, caplo
     learned = [row["step"] for row in rows if row["supervised_weight"] > 0]
     assert len(learned) == 1
     assert caplog.text.count("no sample of the batch has a place for an anchor") == 3
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ") and "lr " in line]
+    assert [line.split()[1][0] for line in printed if "loss " in line] == [str(step) for step in learned]
+    assert sum("no anchor" in line for line in printed) == 3
     assert result.status == "finished"
     assert [row["lr"] for row in rows] == sorted((row["lr"] for row in rows), reverse=True)
 

@@ -80,7 +80,7 @@ class Trainer:
             self.state.restore(start.checkpoint)
         self.done = start.step
         self.checkpoint = start.checkpoint
-        self.loss = math.nan
+        self.loss: float | None = None  # of the last step; None = it had no anchor
         self._saved_step = start.step if start.checkpoint else None
         self._empty_samples = 0
 
@@ -154,6 +154,7 @@ class Trainer:
         rate = self._set_learning_rate()
         if weight_sum == 0:
             self._note_empty_step(batches)
+            self.loss = None
             return {"lr": rate, "supervised_weight": 0.0} if is_logged else {}
         self._empty_samples = 0
         scale = self.accelerator.num_processes / weight_sum
