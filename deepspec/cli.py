@@ -6,6 +6,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +19,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from deepspec.arguments import USER_MISTAKES
+from deepspec.arguments import USER_MISTAKES, answer_mistakes
 from deepspec.config import ConfigError, EvalRun, TrainRun, near_match, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = TypeVar("Run", bound=TrainRun | EvalRun)
+MISTAKES = (*USER_MISTAKES, HydraException, OmegaConfBaseException)
 
 
 def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -> None:
@@ -34,6 +36,10 @@ def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "configs"), config_name=config_name)
     def main(config: DictConfig) -> Any:
+        with answer():
+            return task(typed_run(config))
+
+    def typed_run(config: DictConfig) -> Run:
         missing = OmegaConf.missing_keys(config)
         if missing:
             raise ConfigError(
@@ -43,17 +49,17 @@ def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             run.output_dir = HydraConfig.get().runtime.output_dir
         validate(run)
-        return task(run)
+        return run
+
+    def answer() -> AbstractContextManager[None]:
+        if traceback_wanted:
+            return nullcontext()
+        return answer_mistakes(lambda error: explain(error, schema), MISTAKES)
 
     traceback_wanted = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them
-    try:
+    with answer():  # what the task raises is answered inside: Hydra would add a line of its own
         main()
-    except (*USER_MISTAKES, HydraException, OmegaConfBaseException) as error:
-        if traceback_wanted:
-            raise
-        print(f"error: {explain(error, schema)}", file=sys.stderr)
-        sys.exit(2)
 
 
 def explain(error: Exception, schema: type) -> str:

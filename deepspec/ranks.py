@@ -17,6 +17,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def local_rank() -> int:
+    """Which of those on this machine this is; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def ranks_on_this_machine() -> int:
     """How many of them share this machine; 1 without a launcher."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -27,7 +32,7 @@ def rank_device() -> torch.device:
     accelerator = None if runs_on_cpu() else torch.accelerator.current_accelerator()
     if accelerator is None:
         return torch.device("cpu")
-    return torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(accelerator.type, local_rank())
 
 
 def runs_on_cpu() -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +15,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from deepspec.arguments import parse_arguments
+from deepspec.arguments import WAIT_FOR_FIRST_RANK, WAIT_FOR_LOST_RANK, answer_mistakes, parse_arguments
 from deepspec.cli import leaf_types
 from deepspec.config import CHOICES, RANGES, ConfigError, EvalRun, TrainRun, flatten, validate
+from deepspec.ranks import LostRankError
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
@@ -98,6 +102,50 @@ def test_command_line_mistake_is_one_message(argument, expected, tmp_path):
     assert finished.returncode == 2
     assert expected in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize("argument", ["train.lr=-1", "data.train_files=[absent.jsonl]"])
+def test_mistake_in_a_launched_process_is_one_line(argument, tmp_path):
+    """Neither Hydra nor the launcher adds anything, whether composing or the training refuses it."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command = [*launch, str(ROOT / "configs/accelerate/cpu.yaml"), str(ROOT / "train.py"), argument]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    finished = subprocess.run(
+        [*command, f"output_dir={tmp_path}"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert finished.returncode == 1
+    assert finished.stderr.startswith("error: ")
+    assert argument.split("=")[1].strip("[]") in finished.stderr
+    assert finished.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "waits"),
+    [
+        (0, ConfigError("lr: too small"), 0.0),
+        (1, ConfigError("lr: too small"), WAIT_FOR_FIRST_RANK),
+        (0, LostRankError("another rank died"), WAIT_FOR_LOST_RANK),
+        (1, RuntimeError("Connection closed by peer"), WAIT_FOR_LOST_RANK),
+    ],
+)
+def test_which_rank_speaks(rank, error, waits, tmp_path, monkeypatch, capsys):
+    """A launcher ends the others when one ends, so those that wait are not heard; its table gets the message."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    report = tmp_path / "error.json"
+    for name, value in {"WORLD_SIZE": 2, "LOCAL_RANK": rank, "TORCHELASTIC_ERROR_FILE": report}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit) as ended, answer_mistakes():
+        raise error
+    assert ended.value.code == 2
+    assert slept == [waits]
+    assert json.loads(report.read_text())["message"] + "\n" == capsys.readouterr().err
+    assert str(error) in json.loads(report.read_text())["message"]
+
+
+def test_what_is_no_mistake_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="Connection closed"), answer_mistakes():
+        raise RuntimeError("Connection closed by peer")
 
 
 def test_missing_checkpoint_is_asked_for(tmp_path):

@@ -19,11 +19,13 @@ from conftest import tiny_target_config
 from transformers import Qwen3ForCausalLM
 
 from deepspec.config import ConfigError, DataConfig, DecodeConfig, EvalConfig, EvalRun, TargetConfig
+from deepspec.data.chat import render_prompt
 from deepspec.data.jsonl import DataError
 from deepspec.data.tokenizer import train_tokenizer
 from deepspec.decoding import Completion, Request, SpeculativeEngine
 from deepspec.drafts import DSparkModel
 from deepspec.evaluation import evaluate, runner
+from deepspec.evaluation.plan import stop_tokens
 from deepspec.targets import load_target, load_tokenizer
 
 PROMPTS = {"math": ["two plus two", "two", "What is two?"], "chat": ["What?", "plus is plus"]}
@@ -331,6 +333,50 @@ def test_outputs_do_not_depend_on_the_batch(config: EvalRun) -> None:
     alone = evaluate(config)
     for name in PROMPTS:
         assert alone["results"][0]["sets"][name]["cond_accept"] == together["results"][0]["sets"][name]["cond_accept"]
+
+
+def write_target_config(config: EvalRun, **changes: Any) -> None:
+    """Change config.json of the target; generation_config.json goes."""
+    folder = Path(config.target.path)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "generation", "expected"),
+    [
+        ({"eos_token_id": [7, 9]}, None, {7, 9}),
+        ({"eos_token_id": 7}, None, {7}),
+        ({"eos_token_id": None, "text_config": {"eos_token_id": [8]}}, None, {8}),
+        ({"eos_token_id": [7, 9]}, {"eos_token_id": [9, 11]}, {9, 11}),  # as `generate`: the file of its own decides
+        ({"eos_token_id": None}, None, set()),
+    ],
+)
+def test_every_stop_token_that_generate_honours(
+    config: EvalRun, changes: dict[str, Any], generation: dict[str, Any] | None, expected: set[int]
+) -> None:
+    write_target_config(config, **changes)
+    if generation is not None:
+        (Path(config.target.path) / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer = load_tokenizer(config.target.path)
+    stops = stop_tokens(config.target.path, None, tokenizer)
+    assert set(stops) == expected | {tokenizer.eos_token_id}
+
+
+def test_answers_end_where_generate_ends_by_config_json(config: EvalRun) -> None:
+    """The list in config.json alone; its second token is what greedy decoding writes first."""
+    prompt = render_prompt(load_tokenizer(config.target.path), [{"role": "user", "content": PROMPTS["math"][0]}], {})
+    target = load_target(config.target.path)
+    first = SpeculativeEngine(target, max_length=96).generate([Request(prompt, 12)])[0].output_ids[0]
+    write_target_config(config, eos_token_id=[2, first])
+    model = Qwen3ForCausalLM.from_pretrained(config.target.path)
+    written = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12)[0, len(prompt) :].tolist()
+    assert written == [first]
+    config.eval.temperatures, config.eval.sets, config.eval.limit = [0.0], ["math"], 1
+    evaluate(config)
+    (line,) = (Path(config.output_dir) / "rounds.jsonl").read_text().splitlines()
+    assert json.loads(line)["speculative"]["completions"][0]["output_ids"] == written
 
 
 def test_generation_ends_with_the_targets_positions(config: EvalRun) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import resource
 import shutil
 import signal
@@ -15,7 +17,9 @@ from deepspec.checkpoints import CheckpointError, checkpoint_folder, newest_chec
 from deepspec.config import ConfigError
 from deepspec.data.jsonl import DataError
 from deepspec.drafts import load_draft
-from deepspec.training import train
+from deepspec.features import OnlineFeatures
+from deepspec.training import setup, train
+from deepspec.training.finite import NotFiniteError
 from deepspec.training.log import read_metrics
 from deepspec.training.objective import DraftTrainingModule
 from deepspec.training.report import Reporter
@@ -83,6 +87,52 @@ def test_gradient_that_turns_nan_behind_a_finite_loss(training_world, tmp_path, 
     assert newest_checkpoint(tmp_path, subfolder="") == checkpoint_folder(tmp_path, 2)
 
 
+class OverflowingFeatures:
+    """A feature source whose target overflows in two samples."""
+
+    def __init__(self, source):
+        self._source = source
+        self.concurrency, self.flops_per_token, self.is_remote = 1, source.flops_per_token, False
+
+    def batch_features(self, batch):
+        features = self._source.batch_features(batch)
+        for document in batch.documents:
+            if document.index == 3:
+                features.context[document.row, document.columns, 32:] = float("inf")  # the second of two layers
+            if document.index in (3, 5):
+                features.final[document.row, document.columns] = float("nan")
+        return features
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        ("float16", "target.dtype=float16 is too narrow for this target: set target.dtype=bfloat16 or float32"),
+        ("bfloat16", "target.dtype=bfloat16 is too narrow for this target: set target.dtype=float32"),
+        ("float32", "look at the target's weights, are they damaged?"),
+    ],
+)
+@pytest.mark.parametrize("split", [{"micro_batch_size": 2}, {"tokens_per_batch": 128}], ids=["padded", "packed"])
+def test_features_that_overflow_are_not_blamed_on_the_learning_rate(
+    training_world, tmp_path, monkeypatch, dtype, advice, split
+):
+    monkeypatch.setattr(setup, "OnlineFeatures", lambda *arguments: OverflowingFeatures(OnlineFeatures(*arguments)))
+    config = tiny_run(training_world, tmp_path, global_batch_size=20, **split)
+    with pytest.raises(NotFiniteError) as error:
+        train(changed(config, target={"dtype": dtype}, data={"min_supervised_tokens": 0}))
+    message = str(error.value)
+    samples = "(row3, row5|row5, row3)"
+    assert re.search(
+        rf"step 1: the target's features are not finite: layer 1, the final state of samples {samples} \(ids", message
+    )
+    assert advice in message
+    assert "there is no checkpoint yet" in message
+    assert "train.lr" not in message
+
+
 def single_token_answers(path, count, also=()):
     """Rows whose assistant turn is one supervised token: no two in a row, so no anchor."""
     rows = [
@@ -97,13 +147,13 @@ def test_data_without_a_single_anchor(training_world, tmp_path):
     config = changed(
         tiny_run(training_world, tmp_path / "run"), data={"train_files": [file], "min_supervised_tokens": 0}
     )
-    with pytest.raises(ValueError, match=r"a whole pass over the data found no place for an anchor") as error:
+    with pytest.raises(DataError, match=r"a whole pass over the data found no place for an anchor") as error:
         train(config)
     assert file in str(error.value)
     assert "two assistant tokens in a row" in str(error.value)
 
 
-def test_batch_without_an_anchor_changes_nothing(training_world, tmp_path, caplog):
+def test_batch_without_an_anchor_changes_nothing(training_world, tmp_path, caplog, capsys):
     answer = {"role": "assistant", "content": "So it is. 1 + 2 = 3."}
     good = {"id": "good", "messages": [{"role": "user", "content": "1 + 2?"}, answer]}
     file = single_token_answers(tmp_path / "mostly.jsonl", 15, also=[good])
@@ -116,6 +166,9 @@ def test_batch_without_an_anchor_changes_nothing(training_world, tmp_path, caplo
     learned = [row["step"] for row in rows if row["supervised_weight"] > 0]
     assert len(learned) == 1
     assert caplog.text.count("no sample of the batch has a place for an anchor") == 3
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ") and "lr " in line]
+    assert [line.split()[1][0] for line in printed if "loss " in line] == [str(step) for step in learned]
+    assert sum("no anchor" in line for line in printed) == 3
     assert result.status == "finished"
     assert [row["lr"] for row in rows] == sorted((row["lr"] for row in rows), reverse=True)
 
@@ -168,6 +221,19 @@ def test_impossible_draft_fails_before_weights_are_read(training_world, tmp_path
     config = tiny_run(training_world, tmp_path / "run", draft={"target_layer_ids": [0, 3]})
     with pytest.raises(ConfigError, match=r"draft.target_layer_ids=\[0, 3\]: 3 is the final layer"):
         train(changed(config, target={"path": str(tmp_path / "target")}))
+
+
+def test_length_beyond_the_targets_range_is_told(training_world, tmp_path, caplog):
+    shutil.copytree(training_world / "target", tmp_path / "target")
+    file = tmp_path / "target" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 48}))
+    config = changed(tiny_run(training_world, tmp_path / "run", steps=1), target={"path": str(tmp_path / "target")})
+    train(config)
+    told = [record.message for record in caplog.records if "data.max_length=" in record.message]
+    assert len(told) == 1
+    assert "data.max_length=64, but target" in told[0]
+    assert "reads 48 positions" in told[0]
+    assert re.search(r" [1-9]\d* of 15 samples are longer; set data.max_length=48", told[0])
 
 
 def test_missing_data_file(training_world, tmp_path):

@@ -33,7 +33,7 @@ from deepspec.drafts import load_draft
 from deepspec.drafts.loading import find_draft_folder, read_draft_config
 from deepspec.environment import command_line, machine, versions
 from deepspec.files import write_atomically
-from deepspec.targets import Target, dtype_name, load_target
+from deepspec.targets import Target, dtype_name, load_target, position_range
 
 DTYPES = CHOICES["target.dtype"]
 WARM_UP = 3  # runs of every size that are not counted
@@ -138,10 +138,10 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
     tokens_per_row = options.tokens_per_row or proposer.block_size + 1
     layouts = {tokens: layout(tokens, tokens_per_row) for tokens in sorted(set(options.tokens))}
     slots, columns = max([rows for rows, _ in layouts.values()] + options.rows), options.context + tokens_per_row
-    if columns > target.config.max_position_embeddings:
+    if columns > position_range(target.config):
         raise ConfigError(
             f"context={options.context}: with {tokens_per_row} tokens after it, more than the "
-            f"{target.config.max_position_embeddings} positions of target {path}"
+            f"{position_range(target.config)} positions of target {path}"
         )
     proposer.allocate(slots, columns)
     cache = SlotCache(target, slots, columns, tokens_per_row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,14 @@ from deepspec.drafts.loading import find_draft_folder, read_draft_config
 from deepspec.evaluation.records import Key, digest_of
 from deepspec.evaluation.sets import Prompt, load_set
 from deepspec.files import sha256_of
-from deepspec.targets import dtype_name, load_target_config, load_tokenizer, resolve_dtype, resolve_path
+from deepspec.targets import (
+    dtype_name,
+    load_target_config,
+    load_tokenizer,
+    position_range,
+    resolve_dtype,
+    resolve_path,
+)
 
 MEBIBYTE = 2**20
 
@@ -74,7 +82,7 @@ def make_plan(config: EvalRun) -> Plan:
     if not config.eval.temperatures:
         raise ConfigError("eval.temperatures=[]: name at least one temperature")
     target, options = config.target, config.data
-    positions = load_target_config(target.path, target.revision, target.gguf_file).max_position_embeddings
+    positions = position_range(load_target_config(target.path, target.revision, target.gguf_file))
     tokenizer = load_tokenizer(
         target.path, revision=target.revision, gguf_file=target.gguf_file, chat_template=options.chat_template
     )
@@ -183,14 +191,20 @@ def _decoding_settings(config: EvalRun, setup: PolicySetup) -> dict[str, Any]:
 
 
 def stop_tokens(path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """End-of-turn tokens: the tokenizer's and those of the target's generation config, if it has one."""
-    found = {tokenizer.eos_token_id}
-    try:
-        listed = GenerationConfig.from_pretrained(resolve_path(path), revision=revision or "main").eos_token_id
-    except OSError:
-        listed = None
-    found |= set(listed) if isinstance(listed, list) else {listed}
+    """End-of-turn tokens: the tokenizer's, and those that `generate` stops at with this target."""
+    listed = _generation_config(path, revision).eos_token_id
+    found = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
     return tuple(sorted(token for token in found if token is not None))
+
+
+def _generation_config(path: str, revision: str | None) -> GenerationConfig:
+    """As Transformers finds it for a model: generation_config.json, else what config.json or its text part says."""
+    folder, revision = resolve_path(path), revision or "main"
+    sources: tuple[dict[str, Any], ...] = ({}, {"config_file_name": "config.json", "_from_model_config": True})
+    for source in sources:
+        with suppress(OSError):  # no such file
+            return GenerationConfig.from_pretrained(folder, revision=revision, **source)
+    return GenerationConfig()
 
 
 def target_identity(config: EvalRun) -> list[Any]:

@@ -4,6 +4,7 @@ from deepspec.targets.adapters import ADAPTERS, TargetAdapter, adapter_for, regi
 from deepspec.targets.attention import attend_with
 from deepspec.targets.head import TargetHead, describe_head, load_target_head
 from deepspec.targets.loading import describe_target, load_target
+from deepspec.targets.positions import position_range
 from deepspec.targets.source import (
     BUILTIN_WEIGHTS,
     dtype_name,
@@ -30,6 +31,7 @@ __all__ = [
     "load_target_config",
     "load_target_head",
     "load_tokenizer",
+    "position_range",
     "register_adapter",
     "resolve_dtype",
     "resolve_path",

@@ -37,7 +37,7 @@ def train(config: TrainRun) -> TrainResult:
     Raises:
         ConfigError, DataError, ValueError: what cannot work in the configuration, the data or the run folder.
         CheckpointError: a checkpoint cannot be written, or the one named by train.resume cannot be read.
-        RuntimeError: the loss or the gradient is no longer finite.
+        NotFiniteError: the loss, the gradient or the target's features are not finite.
         LostRankError: another rank died or stopped answering.
     """
     validate(config)

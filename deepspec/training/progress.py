@@ -22,7 +22,7 @@ class ProgressReport(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-    def step(self, done: int, loss: float, metrics: Mapping[str, float]) -> None: ...
+    def step(self, done: int, loss: float | None, metrics: Mapping[str, float]) -> None: ...
     def say(self, text: str) -> None: ...
 
 
@@ -41,7 +41,7 @@ class Silence:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def step(self, done: int, loss: float, metrics: Mapping[str, float]) -> None:
+    def step(self, done: int, loss: float | None, metrics: Mapping[str, float]) -> None:
         pass
 
     def say(self, text: str) -> None:
@@ -56,7 +56,7 @@ class Lines(Silence):
         self.start = start
         self.began = time.monotonic()
 
-    def step(self, done: int, loss: float, metrics: Mapping[str, float]) -> None:
+    def step(self, done: int, loss: float | None, metrics: Mapping[str, float]) -> None:
         if "lr" in metrics:
             per_step = (time.monotonic() - self.began) / max(1, done - self.start)
             left = timedelta(seconds=round(per_step * (self.steps - done)))
@@ -92,7 +92,7 @@ class Bar(Silence):
     def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
-    def step(self, done: int, loss: float, metrics: Mapping[str, float]) -> None:
+    def step(self, done: int, loss: float | None, metrics: Mapping[str, float]) -> None:
         if "lr" in metrics:
             self.metrics = metrics
         if "eval/loss" in metrics:
@@ -108,9 +108,9 @@ def _evaluation(metrics: Mapping[str, float]) -> str:
     return f"held out: loss {metrics['eval/loss']:.4f}{tau}"
 
 
-def _figures(loss: float, metrics: Mapping[str, float]) -> str:
+def _figures(loss: float | None, metrics: Mapping[str, float]) -> str:
     """Loss, expected accepted length and speed, as far as they are known."""
-    parts = [f"loss {loss:.4f}"]
+    parts = ["no anchor" if loss is None else f"loss {loss:.4f}"]
     if "tau" in metrics:
         parts.append(f"tau {metrics['tau']:.2f}")
     if "tokens_per_second" in metrics:

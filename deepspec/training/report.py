@@ -33,8 +33,13 @@ class Reporter:
     def say(self, text: str) -> None:
         self._progress.say(text)
 
-    def step(self, done: int, loss: float, row: dict[str, Any]) -> None:
-        """After step `done` with this global loss; `row` holds its metrics and is empty when the step is not logged."""
+    def step(self, done: int, loss: float | None, row: dict[str, Any]) -> None:
+        """After step `done`.
+
+        Args:
+            loss: global; None if the step had no anchor.
+            row: its metrics; empty when the step is not logged.
+        """
         self._progress.step(done, loss, row)
         if row:
             self.last_row = row

@@ -30,6 +30,7 @@ from deepspec.targets import (
     load_target_config,
     load_target_head,
     load_tokenizer,
+    position_range,
 )
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         logger.warning("engines cannot serve this draft as it is trained: %s", "; ".join(limits))
     with accelerator.main_process_first():
         train_set, eval_set = load_datasets(config, tokenizer)
+    if accelerator.is_main_process:
+        _note_length(config, position_range(target_config), train_set)
     target = _load_target(config, accelerator)
     draft_config.target_fingerprint = target.fingerprint
     draft_config.target_gguf_file = config.target.gguf_file
@@ -97,6 +100,22 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         target_dtype=target.dtype,
         target_summary=describe_target(target) if isinstance(target, Target) else describe_head(target),
     )
+
+
+def _note_length(config: TrainRun, positions: int, train_set: ConversationDataset) -> None:
+    """Say so if samples may be longer than the target can read."""
+    if config.data.max_length > positions:
+        longer = int((train_set.lengths() > positions).sum())
+        logger.warning(
+            "data.max_length=%d, but target %s reads %d positions: its features beyond them mean little, and %d of %d "
+            "samples are longer; set data.max_length=%d",
+            config.data.max_length,
+            config.target.path,
+            positions,
+            longer,
+            len(train_set),
+            positions,
+        )
 
 
 def _load_target(config: TrainRun, accelerator: Accelerator) -> Target | TargetHead:

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from deepspec.config import TrainRun
+from deepspec.data.jsonl import DataError
 from deepspec.data.sampler import StepSampler
 from deepspec.features import FeatureQueue, StoppedWaiting
 from deepspec.targets import TargetFeatures
@@ -27,6 +28,7 @@ from deepspec.training.batches import (
     training_steps,
 )
 from deepspec.training.devices import cast_inside, launcher_name
+from deepspec.training.finite import FINAL, NotFiniteError, not_finite, overflow_advice
 from deepspec.training.flops import StepFlops, peak_flops
 from deepspec.training.frozen import hold_target_weights_as_buffers
 from deepspec.training.interrupt import StopRequest
@@ -78,7 +80,7 @@ class Trainer:
             self.state.restore(start.checkpoint)
         self.done = start.step
         self.checkpoint = start.checkpoint
-        self.loss = math.nan
+        self.loss: float | None = None  # of the last step; None = it had no anchor
         self._saved_step = start.step if start.checkpoint else None
         self._empty_samples = 0
 
@@ -152,6 +154,7 @@ class Trainer:
         rate = self._set_learning_rate()
         if weight_sum == 0:
             self._note_empty_step(batches)
+            self.loss = None
             return {"lr": rate, "supervised_weight": 0.0} if is_logged else {}
         self._empty_samples = 0
         scale = self.accelerator.num_processes / weight_sum
@@ -195,7 +198,7 @@ class Trainer:
         limit = self.config.train.grad_clip or math.inf
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, limit))
         if not math.isfinite(norm):
-            raise RuntimeError(self._explain_not_finite("the gradient norm", norm, []))
+            raise NotFiniteError(self._explain_not_finite("the gradient norm", norm, []))
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -204,28 +207,45 @@ class Trainer:
         """Sum of the losses of all micro-batches of all ranks; the one host synchronisation before the step is applied.
 
         Raises:
-            RuntimeError: it is not finite; with the samples that made it so.
+            NotFiniteError: it is not finite; with the features or else the samples that made it so.
         """
         losses = torch.stack([part["loss"] for part in parts])
         total = float(self.accelerator.reduce(losses.sum(), "sum"))
         if math.isfinite(total):
             return total
         pairs = zip(losses.isfinite().tolist(), batches, strict=True)
-        culprits = gather_object(
-            [document.index for finite, batch in pairs if not finite for document in batch.tokens.documents]
+        concerned = [batch for finite, batch in pairs if not finite]
+        if found := gather_object([place for batch in concerned for place in self._features_not_finite(batch)]):
+            raise NotFiniteError(self._explain_overflow(found))
+        culprits = gather_object([document.index for batch in concerned for document in batch.tokens.documents])
+        raise NotFiniteError(self._explain_not_finite("the loss", total, culprits))
+
+    def _features_not_finite(self, batch: MicroBatch) -> list[tuple[int, str]]:
+        """The features are computed again: those that the loss was made of are gone."""
+        features = self.materials.features.batch_features(batch.tokens)
+        return list(not_finite(features, batch.tokens.documents, self.materials.draft.target_layer_ids))
+
+    def _explain_overflow(self, found: Sequence[tuple[int, str]]) -> str:
+        samples = ", ".join(self.materials.train_set.id_of(index) for index in dict.fromkeys(i for i, _ in found))
+        parts = sorted({part for _, part in found}, key=lambda part: (part == FINAL, len(part), part))
+        advice = overflow_advice(self.config.target.dtype, self.config.features.source)
+        return (
+            f"step {self.done + 1}: the target's features are not finite: {', '.join(parts)} of samples {samples} (ids "
+            f"in data.train_files). {advice}; nothing was saved from this step, {self._survivor()}"
         )
-        raise RuntimeError(self._explain_not_finite("the loss", total, culprits))
 
     def _explain_not_finite(self, what: str, value: float, culprits: list[int]) -> str:
         ids = [self.materials.train_set.id_of(index) for index in culprits]
         samples = f" Samples of the micro-batches concerned (ids in data.train_files): {', '.join(ids)}." if ids else ""
-        survivor = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint yet"
         return (
-            f"step {self.done + 1}: {what} is {value}; training stopped before anything was saved from it, {survivor}."
-            f"{samples} Look at those samples, lower train.lr={self.config.train.lr} or train.grad_clip="
-            f"{self.config.train.grad_clip}, or lengthen train.warmup_ratio={self.config.train.warmup_ratio}, in a new "
-            "output_dir"
+            f"step {self.done + 1}: {what} is {value}; training stopped before anything was saved from it, "
+            f"{self._survivor()}.{samples} Look at those samples, lower train.lr={self.config.train.lr} or "
+            f"train.grad_clip={self.config.train.grad_clip}, or lengthen train.warmup_ratio="
+            f"{self.config.train.warmup_ratio}, in a new output_dir"
         )
+
+    def _survivor(self) -> str:
+        return f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "there is no checkpoint yet"
 
     def _on_any_rank(self, flag: bool) -> bool:
         if self.accelerator.num_processes == 1:
@@ -255,7 +275,7 @@ class Trainer:
         logger.warning("step %d: no sample of the batch has a place for an anchor; nothing is learned", self.done + 1)
         self._empty_samples += self.config.train.global_batch_size
         if self._empty_samples >= len(self.materials.train_set):
-            raise ValueError(
+            raise DataError(
                 f"{', '.join(self.config.data.train_files)}: a whole pass over the data found no place for an "
                 "anchor, which needs two assistant tokens in a row: look at the assistant turns, data.chat_template "
                 f"and data.max_length={self.config.data.max_length}"
