@@ -5,9 +5,10 @@ from deepspec.config import TrainRun
 
 
 def main(run: TrainRun) -> None:
+    from deepspec.decoding import check_decodable
     from deepspec.training import train
 
-    train(run)
+    train(run, check_target=check_decodable)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 
 import pytest
-from transformers import GptOssConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
+from transformers import GptOssConfig, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen3Config
 
+from deepspec.config import ConfigError
 from deepspec.targets import position_range
+from deepspec.targets.positions import check_positions
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
 LLAMA3 = {
@@ -57,3 +59,23 @@ def test_configs_as_published():
 
 def test_no_limit_is_written():
     assert position_range(PreTrainedConfig()) == sys.maxsize
+
+
+def phi() -> Phi3Config:
+    """128k positions by longrope, 64 of them with the short factors."""
+    factors = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
+    parameters = factors | {"original_max_position_embeddings": 64}
+    return Phi3Config(
+        max_position_embeddings=131072, original_max_position_embeddings=64, rope_parameters=parameters, **sizes
+    )
+
+
+def test_a_rope_that_changes_with_the_length_of_the_row_is_kept_within_its_first_part():
+    dynamic = LlamaConfig(max_position_embeddings=48, rope_parameters={"rope_type": "dynamic", "factor": 4.0})
+    for config, limit in ((phi(), 64), (dynamic, 48)):
+        assert position_range(config) == limit
+        check_positions(config, limit, "data.max_length")
+        with pytest.raises(ConfigError, match=rf"data.max_length={limit + 1}: .* set at most data.max_length={limit}"):
+            check_positions(config, limit + 1, "data.max_length")
+    check_positions(LlamaConfig(max_position_embeddings=48), 1000, "data.max_length")

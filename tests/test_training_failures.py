@@ -273,3 +273,12 @@ def test_output_folder_that_cannot_be_made(training_world, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match="file"):
         train(tiny_run(training_world, tmp_path / "file" / "run", steps=1))
+
+
+def test_a_target_that_could_not_be_decoded_is_refused_before_training(training_world, tmp_path):
+    def refuse(target):
+        raise ConfigError(f"target.path={target.name_or_path}: cannot be decoded here")
+
+    with pytest.raises(ConfigError, match="cannot be decoded here"):
+        train(tiny_run(training_world, tmp_path), check_target=refuse)
+    assert not (tmp_path / "checkpoints").exists()

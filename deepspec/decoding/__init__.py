@@ -2,6 +2,7 @@
 
 from deepspec.decoding.engine import SpeculativeEngine
 from deepspec.decoding.lookup import LookupProposer
+from deepspec.decoding.probe import check_decodable
 from deepspec.decoding.proposers import DSparkProposer, Proposal, Proposer
 from deepspec.decoding.requests import Completion, Request, Round, Timing
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict
@@ -18,4 +19,5 @@ __all__ = [
     "SpeculativeEngine",
     "Timing",
     "Verdict",
+    "check_decodable",
 ]

@@ -32,6 +32,7 @@ from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw
 from deepspec.decoding.stopping import Decode, StopCondition
 from deepspec.decoding.verification import VERIFICATION_RULES
 from deepspec.targets import Target
+from deepspec.targets.positions import check_positions
 
 COLUMNS_AT_ONCE = 256  # of the caches; a graph reads a multiple of so many
 IDLE = Request([0], 1)  # what a graph's rows without a request do
@@ -76,6 +77,7 @@ class SpeculativeEngine:
         self.timing = Timing()
         self._device = target.device
         check_decodable(target)
+        check_positions(target.config, max_length - self.block_size, "decode.max_length")
         check_memory(target, proposer, slots, max_length)
         self._cache = SlotCache(target, slots, max_length, self.block_size + 1)
         if proposer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from deepspec.checkpoints import remove_unfinished_checkpoints
 from deepspec.config import TrainRun, validate
 from deepspec.files import write_atomically
 from deepspec.ranks import LostRankError, tells_of_lost_rank
+from deepspec.targets import Target
 from deepspec.training.devices import start_accelerator
 from deepspec.training.interrupt import StopRequest
 from deepspec.training.report import Reporter
@@ -31,8 +33,12 @@ class TrainResult:
     metrics: dict[str, Any] = field(default_factory=dict)  # of the last logged step of this session
 
 
-def train(config: TrainRun) -> TrainResult:
+def train(config: TrainRun, check_target: Callable[[Target], None] | None = None) -> TrainResult:
     """Train a draft, or continue to, as `config` says. Every rank of a launch calls this.
+
+    Args:
+        check_target: raises what would make a draft of this target useless; not asked where features come from
+            elsewhere.
 
     Raises:
         ConfigError, DataError, ValueError: what cannot work in the configuration, the data or the run folder.
@@ -48,7 +54,7 @@ def train(config: TrainRun) -> TrainResult:
     if start.finished and start.checkpoint is not None:
         accelerator.print(f"{config.output_dir} is already finished at step {start.step}: {start.checkpoint}")
         return TrainResult("already finished", start.step, start.checkpoint)
-    materials = prepare_materials(config, accelerator, start.checkpoint)
+    materials = prepare_materials(config, accelerator, start.checkpoint, check_target)
     _write_config(config, accelerator)
     stop = StopRequest()
     trainer = Trainer(config, accelerator, materials, start, stop)

@@ -32,6 +32,7 @@ from deepspec.targets import (
     load_tokenizer,
     position_range,
 )
+from deepspec.targets.positions import check_positions
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,16 @@ class Materials:
     target_summary: str  # what of the target is in memory, in a line
 
 
-def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Path | None) -> Materials:
+def prepare_materials(
+    config: TrainRun,
+    accelerator: Accelerator,
+    checkpoint: Path | None,
+    check_target: Callable[[Target], None] | None = None,
+) -> Materials:
     """Load target and data, and build the draft: fresh, or from `checkpoint`.
+
+    Args:
+        check_target: see `train`.
 
     Raises:
         ConfigError: a draft that cannot be built for this target, a tokenizer without the tokens it needs, or a
@@ -71,6 +80,7 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
         chat_template=config.data.chat_template,
     )
     check_vocabulary(tokenizer, target_config.vocab_size, config.target.path)
+    check_positions(target_config, config.data.max_length, "data.max_length")
     draft_config = draft_config_of(config, target_config, tokenizer)
     if accelerator.is_main_process and (limits := engine_limits(draft_config)):
         logger.warning("engines cannot serve this draft as it is trained: %s", "; ".join(limits))
@@ -79,6 +89,8 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     if accelerator.is_main_process:
         _note_length(config, position_range(target_config), train_set)
     target = _load_target(config, accelerator)
+    if check_target is not None and isinstance(target, Target):
+        check_target(target)
     draft_config.target_fingerprint = target.fingerprint
     draft_config.target_gguf_file = config.target.gguf_file
     if checkpoint is None:
