@@ -78,7 +78,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": SLIDING_AND_FULL,
             "final_logit_softcapping": 4.0,
             "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": 67,
             "num_kv_shared_layers": 1,
             "global_head_dim": 16,
         },
@@ -161,7 +160,8 @@ def family_config(family: str, **changes: Any) -> PreTrainedConfig:
             text_config=text.to_dict(), tie_word_embeddings=False, initializer_range=0.3, **vision
         )
     config_class, settings = FAMILIES[family]
-    return getattr(transformers, config_class)(**(BASE | settings | changes))
+    settings = BASE | settings | changes
+    return getattr(transformers, config_class)(**settings, vocab_size_per_layer_input=settings["vocab_size"])
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -198,9 +198,10 @@ class SlotCache(Cache):
         with self.states.during(span, is_certain=is_certain):
             yield
 
-    def keep(self, kept: Mapping[int, int]) -> None:
-        """The first so many tokens of these slots' rows stay. To be called after each pass that was not certain."""
-        self.states.keep(kept)
+    def keep(self, kept: Mapping[int, int], longest: int) -> None:
+        """The first so many tokens of these slots' rows stay, of `longest` in a row of the pass. To be called after
+        each pass that was not certain."""
+        self.states.keep(kept, longest)
 
     def move(self, source: int, destination: int, length: int) -> None:
         """Move a slot's row, which holds `length` positions."""

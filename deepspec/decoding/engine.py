@@ -279,7 +279,7 @@ class SpeculativeEngine:
             else:
                 self._fail(slot, row)
         if not outcome.is_certain:
-            self._cache.keep(kept)
+            self._cache.keep(kept, outcome.longest)
 
     def _without_gaps(self) -> list[Row]:
         """Move the last rows into free slots, so that the active slots are the first ones. Only when nobody waits."""

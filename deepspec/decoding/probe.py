@@ -58,7 +58,7 @@ def _decoded(target: Target, ids: Tensor) -> Tensor:
     drafted = ids[:, PROMPT : PROMPT + BLOCK].clone()
     drafted[1, 1:] = ids[1, 0]
     run(starts, drafted, is_certain=False)
-    cache.keep({0: BLOCK, 1: 1})
+    cache.keep({0: BLOCK, 1: 1}, BLOCK)
     starts = [PROMPT + BLOCK, PROMPT + 1]
     run(starts, torch.stack([ids[row, start : start + BLOCK] for row, start in enumerate(starts)]), is_certain=False)
     return final

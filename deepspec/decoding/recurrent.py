@@ -46,7 +46,6 @@ class RecurrentStates:
             for layer in self._mixers
         }
         self._running: States = {}  # [rows, ...], those of the mixer that is running now
-        self._longest = 0  # tokens of a row in the last pass
 
     @staticmethod
     def bytes_per_slot(target: Target, longest: int) -> int:
@@ -57,7 +56,6 @@ class RecurrentStates:
     @contextmanager
     def during(self, span: Span, *, is_certain: bool) -> Iterator[None]:
         """Within the block, mixers get one row a slot of `span` and the states of these slots."""
-        self._longest = span.longest
         handles = []
         for layer, mixer in self._mixers.items():
             enter, leave = self._hooks(layer, span, is_certain=is_certain)
@@ -69,14 +67,18 @@ class RecurrentStates:
             for handle in handles:
                 handle.remove()
 
-    def keep(self, kept: Mapping[int, int]) -> None:
-        """Move the states of these slots on over the first so many tokens of the last pass, which was not certain."""
+    def keep(self, kept: Mapping[int, int], longest: int) -> None:
+        """Move the states of these slots on over the first so many tokens of the last pass, which was not certain.
+
+        Args:
+            longest: tokens of a row in that pass. Not remembered here: a CUDA graph runs it without this object.
+        """
         by_count: dict[int, list[int]] = {}
         for slot, count in kept.items():
             by_count.setdefault(count, []).append(slot)
         for count, slots in by_count.items() if self._mixers else ():
             for layer, mixer in self._mixers.items():
-                if count == self._longest:
+                if count == longest:
                     self._running = {name: state[slots] for name, state in self._behind[layer].items()}
                 else:
                     self._running = {name: state[slots] for name, state in self._before[layer].items()}

@@ -60,7 +60,8 @@ class Outcome:
     proposed: Tensor  # long [rows], how many drafted tokens were verified
     finite: Tensor  # bool [rows, 1]
     verdict: Verdict
-    is_certain: bool  # of the pass, see `target_pass`
+    longest: int  # tokens of a row in the pass
+    is_certain: bool  # all of them are kept, see `target_pass`
 
 
 class Rounds:
@@ -126,7 +127,7 @@ class Rounds:
         assert next_token is not None
         if proposed is None:
             proposed = torch.full_like(accepted, size.longest - 1)
-        return Outcome(proposal, proposed, finite, Verdict(accepted, next_token), is_certain)
+        return Outcome(proposal, proposed, finite, Verdict(accepted, next_token), size.longest, is_certain)
 
     def _pass_size(self, batch: Batch, proposal: Proposal | None) -> tuple[Tensor | None, PassSize]:
         """How many drafted tokens of each row to verify, None = the same number of each, and the size of that pass.
