@@ -9,7 +9,8 @@ from family_world import FAMILIES, HYBRIDS, WRAPPERS, tiny_model
 
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
 from deepspec.decoding.cache import SlotCache
-from deepspec.decoding.policies import ConfidenceThreshold
+from deepspec.decoding.policies import ConfidenceThreshold, PolicySetup, build_policy
+from deepspec.decoding.sps import SpsTable
 from deepspec.targets import Target
 
 BLOCK, NEW_TOKENS = 4, 11  # prompt and answer together pass the window of sliding layers twice and more
@@ -82,13 +83,16 @@ def hybrid(request):
     return Case(request.param)
 
 
+@pytest.mark.parametrize("policy", ["threshold", "prefix", "asynchronous"])
 @pytest.mark.parametrize("graphs", [False, True])
-def test_states_of_hybrids_under_verification_lengths_that_vary(hybrid, graphs):
+def test_states_of_hybrids_under_verification_lengths_that_vary(hybrid, policy, graphs):
     draft = random_draft(hybrid.target, block_size=BLOCK, target_layer_ids=[0, 1, 2])
     _, rounds = hybrid.decode(DSparkProposer(draft, hybrid.target), 5)
+    table = SpsTable([1, 25], [1.0, 0.4])  # passes per second fall with the tokens in them, so some are not worth it
     threshold = float(torch.tensor([c for r in rounds for c in r.confidences]).median())
-    policy = ConfidenceThreshold(threshold, BLOCK)
-    outputs, rounds = hybrid.decode(DSparkProposer(draft, hybrid.target), 5, policy=policy, graphs=graphs)
+    setup = PolicySetup(BLOCK, 5, has_confidences=True, sps=table)
+    built = ConfidenceThreshold(threshold, BLOCK) if policy == "threshold" else build_policy(policy, setup)
+    outputs, rounds = hybrid.decode(DSparkProposer(draft, hybrid.target), 5, policy=built, graphs=graphs)
     assert outputs == hybrid.expected
     assert len({r.proposed for r in rounds}) > 2
 
