@@ -285,7 +285,7 @@ def test_dtype_of_the_checkpoint_is_the_default(tmp_path):
     assert resolve_dtype("float16", str(folder)) == torch.float16
     assert resolve_dtype("auto", "builtin") == torch.float32
     assert resolve_dtype("auto", str(edit_config(folder, dtype=None))) == torch.bfloat16
-    with pytest.raises(ConfigError, match="target.dtype=int8: must be one of auto, float32"):
+    with pytest.raises(ConfigError, match=r"target.dtype=int8: must be one of auto, float32"):
         resolve_dtype("int8", str(folder))
 
 
@@ -438,7 +438,7 @@ def test_device_map_that_does_not_hold_the_target(folder):
 def test_device_map_that_cannot_be_used():
     run = EvalRun(checkpoint="x")
     run.target.device_map = "auto"
-    with pytest.raises(ConfigError, match="target.device_map=auto: decoding keeps its caches on one device"):
+    with pytest.raises(ConfigError, match=r"target.device_map=auto: decoding keeps its caches on one device"):
         validate(run)
     training = TrainRun()
     training.data.train_files = ["x"]
