@@ -27,6 +27,8 @@ from deepspec.targets import (
     load_tokenizer,
     position_range,
 )
+from deepspec.training.resume import check_same_target
+from deepspec.training.warm_start import check_settings, copy_weights, filled_in
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +50,12 @@ class Materials:
 
 
 def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Path | None) -> Materials:
-    """Load target and data, and build the draft: fresh, or from `checkpoint`.
+    """Load target and data, and build the draft: fresh, from `train.start_from`, or from `checkpoint`.
 
     Raises:
-        ConfigError: a draft that cannot be built for this target, a tokenizer without the tokens it needs, or a
-            feature server that does not serve this target.
+        ConfigError: a draft that cannot be built for this target, or does not fit that of `train.start_from`; a
+            checkpoint of a run with another target; a tokenizer without the tokens it needs, or a feature server that
+            does not serve this target.
         ValueError: a tokenizer that does not belong to the target, or a checkpoint of another target.
         DataError: unusable data, or a feature cache that does not fit the run.
     """
@@ -62,6 +65,8 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     )
     check_vocabulary(tokenizer, target_config.vocab_size, config.target.path)
     draft_config = draft_config_of(config, target_config, tokenizer)
+    if config.train.start_from is not None:
+        check_settings(draft_config, config.train.start_from)
     with accelerator.main_process_first():
         train_set, eval_set = load_datasets(config, tokenizer)
     if accelerator.is_main_process:
@@ -69,11 +74,9 @@ def prepare_materials(config: TrainRun, accelerator: Accelerator, checkpoint: Pa
     target = _load_target(config, accelerator)
     draft_config.target_fingerprint = target.fingerprint
     if checkpoint is None:
-        draft = build_draft(draft_config, target, seed=config.seed)
-        if config.draft.start_from_target:
-            draft.start_from_target(target)
+        draft = _new_draft(config, draft_config, target)
     else:
-        draft = _in_aligned_memory(load_draft(checkpoint, dtype=torch.float32, target=target))
+        draft = _continued_draft(checkpoint, draft_config, target)
     features = _feature_source(config, target, draft_config, tokenizer, accelerator.device)
     if isinstance(features, CachedFeatures):
         for dataset in filter(None, (train_set, eval_set)):
@@ -101,6 +104,24 @@ def _note_length(config: TrainRun, positions: int, train_set: ConversationDatase
             len(train_set),
             positions,
         )
+
+
+def _new_draft(config: TrainRun, draft_config: PreTrainedConfig, target: Target | TargetHead) -> DSparkModel:
+    draft = build_draft(draft_config, target, seed=config.seed)
+    if config.train.start_from is not None:
+        copy_weights(draft, config.train.start_from)
+    elif config.draft.start_from_target:
+        draft.start_from_target(target)
+    return draft
+
+
+def _continued_draft(checkpoint: Path, draft_config: PreTrainedConfig, target: Target | TargetHead) -> DSparkModel:
+    """That of the checkpoint, for the same target, which may lie elsewhere by now."""
+    check_same_target(checkpoint, target.fingerprint)
+    draft = _in_aligned_memory(load_draft(checkpoint, dtype=torch.float32, target=target))
+    draft.config.target_model_name_or_path = draft_config.target_model_name_or_path
+    draft.config.target_revision = draft_config.target_revision
+    return draft
 
 
 def _load_target(config: TrainRun, accelerator: Accelerator) -> Target | TargetHead:
@@ -165,7 +186,7 @@ def draft_config_of(
     Raises:
         ConfigError: a value that cannot work.
     """
-    draft = config.draft
+    draft = filled_in(config.draft, config.train.start_from)
     mask_token_id = draft.mask_token_id if draft.mask_token_id is not None else tokenizer.mask_token_id
     if mask_token_id is None:
         raise ConfigError(
