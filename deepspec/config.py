@@ -86,8 +86,8 @@ class LossConfig:
 
 @dataclass
 class TrainConfig:
-    epochs: float = 10.0  # passes over the data; ignored when steps is set
-    steps: int | None = None  # optimizer steps
+    epochs: float | None = 10.0  # passes over the data; counts where steps is null
+    steps: int | None = None  # optimizer steps; on the command line, whichever of the two is named counts
     global_batch_size: int = 512  # samples per optimizer step, over all ranks and accumulation steps
     micro_batch_size: int | None = None  # samples per forward pass on one rank, padded to the longest; null = 1
     tokens_per_batch: int | None = None  # instead: samples packed into one row of at most this many tokens
@@ -295,7 +295,7 @@ def _validate_training(config: TrainRun) -> None:
     if not config.data.train_files:
         raise ConfigError("data.train_files=[]: name at least one JSONL file of conversations")
     _validate_features(config.features)
-    if train.steps is None and train.epochs <= 0:
+    if train.steps is None and not train.epochs:
         raise ConfigError(f"train.epochs={train.epochs}: must be above 0 when train.steps is not set")
     if train.start_from is not None and train.resume not in ("auto", "never"):
         raise ConfigError(
