@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +25,7 @@ from deepspec.config import ConfigError, EvalRun, TrainRun, near_match, validate
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = TypeVar("Run", bound=TrainRun | EvalRun)
+ALTERNATIVES = (("train.steps", "train.epochs"), ("train.tokens_per_batch", "train.micro_batch_size"))
 MISTAKES = (*USER_MISTAKES, HydraException, OmegaConfBaseException)
 
 
@@ -45,6 +47,7 @@ def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -
             raise ConfigError(
                 f"{', '.join(sorted(missing))}: must be given on the command line, for example {min(missing)}=..."
             )
+        let_the_command_line_choose(config, HydraConfig.get().overrides.task)
         run: Run = typing.cast(Run, OmegaConf.to_object(config))
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             run.output_dir = HydraConfig.get().runtime.output_dir
@@ -60,6 +63,38 @@ def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them
     with answer():  # what the task raises is answered inside: Hydra would add a line of its own
         main()
+
+
+def let_the_command_line_choose(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Of two keys that say the same thing in two ways, the one named on the command line counts: the other, which a
+    group or recipe may have set, becomes null.
+
+    Args:
+        overrides: as they were typed.
+
+    Raises:
+        ConfigError: both were named.
+    """
+    named = {key for key, value in _typed_values(overrides).items() if value is not None}
+    for pair in ALTERNATIVES:
+        chosen = [key for key in pair if key in named]
+        if len(chosen) == 2:
+            raise ConfigError(f"{' and '.join(map(_override_text, pair))}: they exclude each other; give one of them")
+        for other in pair:
+            if chosen and other not in chosen:
+                OmegaConf.update(config, other, None)
+
+
+def _typed_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """Values of the command line by dotted key, those of a dictionary too."""
+    values: dict[str, Any] = {}
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        value = None if override.is_delete() or override.is_sweep_override() else override.value()
+        if isinstance(value, dict):
+            values |= {f"{override.key_or_group}.{name}": inner for name, inner in value.items()}
+        else:
+            values[override.key_or_group] = value
+    return values
 
 
 def explain(error: Exception, schema: type) -> str:

@@ -93,8 +93,8 @@ class LossConfig:
 
 @dataclass
 class TrainConfig:
-    epochs: float = 10.0  # passes over the data; ignored when steps is set
-    steps: int | None = None  # optimizer steps
+    epochs: float | None = 10.0  # passes over the data; counts where steps is null
+    steps: int | None = None  # optimizer steps; on the command line, whichever of the two is named counts
     global_batch_size: int = 512  # samples per optimizer step, over all ranks and accumulation steps
     micro_batch_size: int | None = None  # samples per forward pass on one rank, padded to the longest; null = 1
     tokens_per_batch: int | None = None  # instead: samples packed into one row of at most this many tokens
@@ -110,6 +110,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest checkpoints kept
     eval_steps: int = 500  # optimizer steps between passes over data.eval_files
     resume: str = "auto"  # auto (newest valid checkpoint of output_dir, if any), never, or a checkpoint folder
+    start_from: str | None = None  # a new run begins with this draft's weights: draft folder, run folder or Hub id
     collective_timeout: float = 60.0  # minutes that a rank waits for the others before it fails
     loss: LossConfig = field(default_factory=LossConfig)
 
@@ -137,6 +138,7 @@ class EvalConfig:
     prompts_dir: str = "outputs/corpus/prompts"  # where the sets lie: one {"turns": [...]} a line
     limit: int | None = 500  # prompts per set
     temperatures: list[float] = field(default_factory=lambda: [1.0])
+    allow_other_target: bool = False  # measure on a target of other weights than the draft was trained for
     baseline: bool = True  # also decode without a draft, interleaved, for the speed-up
     bootstrap_samples: int = 2000  # resamples of the 95% intervals
 
@@ -316,8 +318,13 @@ def _validate_training(config: TrainRun) -> None:
             f"target.device_map={config.target.device_map} and features.target_device={config.features.target_device}: "
             "both say where the target lies; leave one of them out"
         )
-    if train.steps is None and train.epochs <= 0:
+    if train.steps is None and not train.epochs:
         raise ConfigError(f"train.epochs={train.epochs}: must be above 0 when train.steps is not set")
+    if train.start_from is not None and train.resume not in ("auto", "never"):
+        raise ConfigError(
+            f"train.resume={train.resume} and train.start_from={train.start_from}: the first continues a run with its "
+            "optimizer, the second begins a new one; give one of them"
+        )
     if train.tokens_per_batch is not None and train.micro_batch_size is not None:
         raise ConfigError(
             f"train.micro_batch_size={train.micro_batch_size} and train.tokens_per_batch={train.tokens_per_batch}: "

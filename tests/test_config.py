@@ -16,7 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from deepspec.arguments import WAIT_FOR_FIRST_RANK, WAIT_FOR_LOST_RANK, answer_mistakes, parse_arguments
-from deepspec.cli import leaf_types
+from deepspec.cli import leaf_types, let_the_command_line_choose
 from deepspec.config import CHOICES, RANGES, ConfigError, EvalRun, TrainRun, flatten, validate
 from deepspec.ranks import LostRankError
 
@@ -94,10 +94,11 @@ def test_impossible_value(override, expected):
         ("train.steps=many", "train.steps=many: Value 'many'"),
         ("recipes=smok", "Did you mean 'smoke'?"),
         ("draft.block_size=0", "error: draft.block_size=0: must be at least 1"),
+        ("train.steps=5 train.epochs=2", "error: train.steps=5 and train.epochs=2: they exclude each other"),
     ],
 )
 def test_command_line_mistake_is_one_message(argument, expected, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), argument, f"output_dir={tmp_path}"]
+    command = [sys.executable, str(ROOT / "train.py"), *argument.split(), f"output_dir={tmp_path}"]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert finished.returncode == 2
     assert expected in finished.stderr
@@ -109,7 +110,7 @@ def test_mistake_in_a_launched_process_is_one_line(argument, tmp_path):
     """Neither Hydra nor the launcher adds anything, whether composing or the training refuses it."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command = [*launch, str(ROOT / "configs/accelerate/cpu.yaml"), str(ROOT / "train.py"), argument]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         [*command, f"output_dir={tmp_path}"], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
@@ -146,6 +147,32 @@ def test_which_rank_speaks(rank, error, waits, tmp_path, monkeypatch, capsys):
 def test_what_is_no_mistake_keeps_its_traceback():
     with pytest.raises(RuntimeError, match="Connection closed"), answer_mistakes():
         raise RuntimeError("Connection closed by peer")
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "epochs", "tokens", "samples"),
+    [
+        ([], 500, 10.0, 2048, None),  # of the group train=minutes
+        (["train.epochs=4"], None, 4.0, 2048, None),
+        (["train.steps=7"], 7, None, 2048, None),
+        (["train={epochs: 2}"], None, 2.0, 2048, None),
+        (["train.steps=null"], None, 10.0, 2048, None),
+        (["train.steps=null", "train.epochs=3"], None, 3.0, 2048, None),
+        (["train.micro_batch_size=4"], 500, 10.0, None, 4),
+    ],
+)
+def test_what_the_command_line_names_counts(words, steps, epochs, tokens, samples):
+    ConfigStore.instance().store(name="train_schema", node=TrainRun)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("train", overrides=["recipes=smoke", *words])
+        let_the_command_line_choose(config, words)
+    train = OmegaConf.to_object(config).train
+    assert (train.steps, train.epochs, train.tokens_per_batch, train.micro_batch_size) == (
+        steps,
+        epochs,
+        tokens,
+        samples,
+    )
 
 
 def test_missing_checkpoint_is_asked_for(tmp_path):

@@ -24,7 +24,7 @@ from deepspec.data.jsonl import DataError
 from deepspec.data.tokenizer import train_tokenizer
 from deepspec.decoding import Completion, Request, SpeculativeEngine
 from deepspec.drafts import DSparkModel
-from deepspec.evaluation import evaluate, runner
+from deepspec.evaluation import evaluate, report, runner
 from deepspec.evaluation.plan import stop_tokens
 from deepspec.targets import load_target, load_tokenizer
 
@@ -333,6 +333,35 @@ def test_outputs_do_not_depend_on_the_batch(config: EvalRun) -> None:
     alone = evaluate(config)
     for name in PROMPTS:
         assert alone["results"][0]["sets"][name]["cond_accept"] == together["results"][0]["sets"][name]["cond_accept"]
+
+
+def test_a_fine_tuned_target_is_measured_on_purpose(
+    config: EvalRun, decoded: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused unless asked for; both fingerprints are recorded, also where nothing is decoded again."""
+    fingerprint = load_target(config.target.path).fingerprint
+    file = Path(config.checkpoint) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_fingerprint": fingerprint}))
+    model = Qwen3ForCausalLM.from_pretrained(config.target.path)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    model.save_pretrained(config.target.path)
+    with pytest.raises(ConfigError, match=r"on this one on purpose with eval.allow_other_target=true"):
+        evaluate(config)
+    config.eval.allow_other_target = True
+    for _ in range(2):
+        metrics = evaluate(config)
+        assert metrics["draft"]["target_fingerprint"] == fingerprint
+        assert metrics["target"]["fingerprint"] == load_target(config.target.path).fingerprint != fingerprint
+        assert metrics["settings"]["eval.allow_other_target"] is True
+    assert len(decoded) == 12  # of the first time
+    assert "fewer drafted tokens may be accepted" in caplog.text
+    assert "measured on a target of other weights" in report_of(config)
+
+
+def report_of(config: EvalRun) -> str:
+    folder = Path(config.output_dir).parent / "report"
+    assert report.main([str(folder), "--eval", f"Draft={config.output_dir}"]) == 0
+    return (folder / "report.md").read_text()
 
 
 def write_target_config(config: EvalRun, **changes: Any) -> None:

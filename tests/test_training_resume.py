@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_world import assert_same_end, changed, draft_weights, tiny_run
+from training_world import assert_same_end, changed, draft_weights, tiny_run, tuned_target
 
 from deepspec.checkpoints import CheckpointError, checkpoint_folder, list_checkpoints, newest_checkpoint
 from deepspec.config import ConfigError, WandbConfig
@@ -127,7 +128,7 @@ def test_no_valid_checkpoint_starts_from_scratch(training_world, uninterrupted, 
 
 def test_changed_settings_are_refused(training_world, uninterrupted, tmp_path):
     run = copy_of(uninterrupted, tmp_path)
-    config = tiny_run(training_world, run, lr=1e-3, steps=8, draft={"block_size": 5})
+    config = tiny_run(training_world, run, lr=1e-3, draft={"block_size": 5})
     config.seed = 4
     with pytest.raises(ConfigError) as error:
         train(config)
@@ -135,13 +136,13 @@ def test_changed_settings_are_refused(training_world, uninterrupted, tmp_path):
     for expected in (
         f"{checkpoint_folder(run, 4)} was written by a run with other settings",
         "train.lr: was 0.003, is now 0.001",
-        "train.steps: was 6, is now 8",
         "draft.block_size: was 4, is now 5",
         "seed: was 0, is now 4",
-        "train.resume=never output_dir=...",
+        f"train.start_from={checkpoint_folder(run, 4) / 'draft'}",
+        "train.resume=never",
     ):
         assert expected in message
-    assert message.count(": was ") == 4
+    assert message.count(": was ") == 3
 
 
 def test_changed_data_are_refused(training_world, uninterrupted, tmp_path):
@@ -150,10 +151,79 @@ def test_changed_data_are_refused(training_world, uninterrupted, tmp_path):
     original = file.read_text()
     try:
         file.write_text(original.replace("What is 3", "What is  3"))
-        with pytest.raises(ConfigError, match=rf"content of {file}: was "):
+        with pytest.raises(ConfigError, match=r"content of data.train_files \(SHA-256\): was \[\"\w{12}\.\.\.\"\], is"):
             train(tiny_run(training_world, run))
     finally:
         file.write_text(original)
+
+
+def test_moved_target_and_data_continue_to_the_bit(training_world, uninterrupted, tmp_path):
+    run = copy_of(uninterrupted, tmp_path)
+    shutil.copytree(training_world / "target", tmp_path / "elsewhere")
+    shutil.copy(training_world / "train.jsonl", tmp_path / "renamed.jsonl")
+    config = changed(
+        tiny_run(training_world, run),
+        target={"path": str(tmp_path / "elsewhere")},
+        data={"train_files": [str(tmp_path / "renamed.jsonl")]},
+    )
+    result = train(config)
+    assert_same_end(result.checkpoint, uninterrupted.checkpoint)
+    written = json.loads((result.checkpoint / "draft" / "config.json").read_text())
+    assert written["target_model_name_or_path"] == str(tmp_path / "elsewhere")
+
+
+def test_order_of_the_data_files_counts(training_world, tmp_path):
+    lines = (training_world / "train.jsonl").read_text().splitlines(keepends=True)
+    halves = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for half, part in zip(halves, (lines[:10], lines[10:]), strict=True):
+        half.write_text("".join(part))
+    config = changed(tiny_run(training_world, tmp_path / "run"), data={"train_files": list(map(str, halves))})
+    train(config)
+    config.data.train_files.reverse()
+    with pytest.raises(ConfigError, match=r"content of data\.train_files"):
+        train(config)
+
+
+def test_other_target_weights_are_refused(training_world, uninterrupted, tmp_path):
+    run = copy_of(uninterrupted, tmp_path)
+    config = changed(tiny_run(training_world, run), target={"path": tuned_target(training_world, tmp_path)})
+    with pytest.raises(ConfigError) as error:
+        train(config)
+    assert re.search(r"weights of the target \(fingerprint\): was \"\w{12}\.\.\.\", is now", str(error.value))
+    assert f"train.start_from={checkpoint_folder(run, 4) / 'draft'}" in str(error.value)
+
+
+def test_more_steps_go_on_and_the_new_schedule_is_told(training_world, uninterrupted, tmp_path, caplog):
+    run = shutil.copytree(uninterrupted.checkpoint.parents[1], tmp_path / "run")
+    result = train(tiny_run(training_world, run, steps=9))
+    assert (result.status, result.step) == ("finished", 9)
+    told = [record.message for record in caplog.records if "instead of" in record.message]
+    rate = read_metrics(run)[6]["lr"]
+    assert told == [
+        "train.steps=9: 9 steps instead of 6; from step 7 on the learning rate follows the new schedule and is "
+        f"{rate:.2e} there instead of 0.00e+00"
+    ]
+    assert train(tiny_run(training_world, run, steps=9)).status == "already finished"
+
+
+def test_more_epochs_go_on(training_world, tmp_path):
+    config = tiny_run(training_world, tmp_path / "run", steps=None, epochs=1.0)
+    assert train(config).step == 4
+    config.train.epochs = 1.5
+    assert train(config).step == 6
+
+
+def test_fewer_steps_than_done_are_refused(training_world, uninterrupted, tmp_path):
+    run = copy_of(uninterrupted, tmp_path)
+    with pytest.raises(ConfigError, match=r"train.steps=3: asks for 3 steps, but .*step-00000004 has 4 done"):
+        train(tiny_run(training_world, run, steps=3))
+    assert train(tiny_run(training_world, run, steps=4)).status == "already finished"
+
+
+def test_a_draft_folder_cannot_be_continued(training_world, uninterrupted, tmp_path):
+    draft = str(uninterrupted.checkpoint / "draft")
+    with pytest.raises(ConfigError, match=rf"cannot be continued; begin a new run .* by train.start_from={draft}"):
+        train(tiny_run(training_world, tmp_path, resume=draft))
 
 
 def test_never_refuses_to_overwrite(training_world, uninterrupted):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -88,6 +89,18 @@ def tiny_run(world: Path, output_dir: Path | str, *, draft: dict | None = None, 
         logging=LoggingConfig(log_steps=1),
         output_dir=str(output_dir),
     )
+
+
+def tuned_target(world: Path, folder: Path) -> str:
+    """A copy of the world's target with slightly other weights. Returns its folder."""
+    tuned = shutil.copytree(world / "target", folder / "tuned")
+    model = Qwen3ForCausalLM.from_pretrained(tuned)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.01 * torch.randn_like(weight))
+    model.save_pretrained(tuned)
+    return str(tuned)
 
 
 def changed(config: TrainRun, **sections: dict[str, Any]) -> TrainRun:

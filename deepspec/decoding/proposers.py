@@ -79,12 +79,16 @@ class Proposer(Protocol):
 class DSparkProposer:
     """DSpark and DFlash: one parallel pass of the backbone, then the sequential head token by token."""
 
-    def __init__(self, draft: DSparkModel, target: Target):
+    def __init__(self, draft: DSparkModel, target: Target, *, allow_other_target: bool = False):
         """
+        Args:
+            allow_other_target: one of other weights but the same shape will do.
+
         Raises:
             ConfigError: the draft was not made for this target.
         """
-        check_target(draft, target)
+        if not allow_other_target:
+            check_target(draft, target)
         deepest = max(draft.target_layer_ids)
         if deepest >= target.num_layers:
             raise ConfigError(

@@ -39,6 +39,7 @@ def load_draft(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     target: LoadedTarget | None = None,
+    allow_other_target: bool = False,
 ) -> DSparkModel:
     """Load a draft for decoding or for further training.
 
@@ -47,6 +48,7 @@ def load_draft(
         revision: Hub branch, tag or commit.
         dtype: of the weights in memory; None = as stored.
         target: if given, the draft must have been trained for it.
+        allow_other_target: one of other weights but the same shape will do, for example a fine-tuned one.
 
     Raises:
         FileNotFoundError: nothing there, or a weight file is missing.
@@ -58,15 +60,22 @@ def load_draft(
     draft = DRAFT_CLASSES[config.model_type].from_pretrained(folder, config=config, dtype=dtype or "auto")
     draft = draft.eval().to(device)
     if target is not None:
-        check_target(draft, target, folder)
+        check_target(draft, target, folder, allow_other_target=allow_other_target)
     return draft
 
 
-def find_draft_folder(path: str | Path, revision: str | None = None) -> Path:
-    """The folder with the draft's config.json; downloads it when `path` is a Hub id."""
+def find_draft_folder(path: str | Path, revision: str | None = None, key: str = "checkpoint") -> Path:
+    """The folder with the draft's config.json; downloads it when `path` is a Hub id.
+
+    Args:
+        key: of the configuration that names the draft, for the messages.
+
+    Raises:
+        FileNotFoundError: nothing there.
+    """
     folder = Path(path).expanduser()
     if not folder.exists():
-        return _download(str(path), revision)
+        return _download(str(path), revision, key)
     for candidate in (folder, folder / DRAFT):
         if (candidate / "config.json").is_file():
             return candidate
@@ -74,16 +83,16 @@ def find_draft_folder(path: str | Path, revision: str | None = None) -> Path:
         newest = newest_checkpoint(folder)
         if newest is not None:
             return newest / DRAFT
-        raise FileNotFoundError(f"checkpoint={path}: no complete checkpoint in {folder / 'checkpoints'}")
+        raise FileNotFoundError(f"{key}={path}: no complete checkpoint in {folder / 'checkpoints'}")
     raise FileNotFoundError(
-        f"checkpoint={path}: neither config.json nor checkpoints there; give a draft folder, a run folder or a Hub id"
+        f"{key}={path}: neither config.json nor checkpoints there; give a draft folder, a run folder or a Hub id"
     )
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, key: str) -> Path:
     if repo.startswith(("/", ".", "~")) or repo.count("/") != 1:
-        raise FileNotFoundError(f"checkpoint={repo}: no such folder")
-    return download_model(repo, revision, "checkpoint")
+        raise FileNotFoundError(f"{key}={repo}: no such folder")
+    return download_model(repo, revision, key)
 
 
 def read_draft_config(folder: Path) -> PreTrainedConfig:
@@ -108,10 +117,15 @@ def read_draft_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def check_target(draft: DSparkModel, target: LoadedTarget, source: Path | str = "this draft") -> None:
+def check_target(
+    draft: DSparkModel, target: LoadedTarget, source: Path | str = "this draft", *, allow_other_target: bool = False
+) -> None:
     """Refuse a target that the draft was not trained for.
 
     A draft that records no fingerprint (published elsewhere) is compared by shape, and a different embedding is logged.
+
+    Args:
+        allow_other_target: other weights of the same shape are logged, not refused.
 
     Raises:
         ConfigError: another target.
@@ -125,10 +139,16 @@ def check_target(draft: DSparkModel, target: LoadedTarget, source: Path | str = 
             f"{trained_for or 'another target'}"
         )
     if recorded is not None and recorded != target.fingerprint:
-        raise ConfigError(
+        difference = (
             f"{source}: trained for target {trained_for} with fingerprint {recorded[:12]}, but the fingerprint of "
-            f"{target.name_or_path} is {target.fingerprint[:12]}; load the target it was trained for"
+            f"{target.name_or_path} is {target.fingerprint[:12]}"
         )
+        if not allow_other_target:
+            raise ConfigError(
+                f"{difference}; load the target it was trained for, or measure it on this one on purpose with "
+                "eval.allow_other_target=true"
+            )
+        logger.warning("%s: fewer drafted tokens may be accepted", difference)
     if recorded is None and not _same_weights(draft.embed_tokens.weight, target.embedding_weight):
         logger.warning(
             "%s records no target and its embedding differs from that of %s: few drafted tokens may be accepted",

@@ -13,7 +13,7 @@ import yaml
 from deepspec.evaluation.markdown import markdown_table
 from deepspec.evaluation.plots import confident, result_at, set_at, sets_of, temperatures_of
 from deepspec.evaluation.report_inputs import ReportInputs
-from deepspec.evaluation.summary import show_estimate, show_number
+from deepspec.evaluation.summary import is_other_target, show_estimate, show_number
 
 COMPARABLE_SETTINGS = ("target.path", "decode.", "seed", "eval.limit", "eval.prompts_dir", "data.template_options")
 Metrics = Mapping[str, Any]
@@ -84,6 +84,11 @@ def _cautions(evaluations: Mapping[str, Metrics]) -> list[str]:
         for name, metrics in evaluations.items()
     }
     notes = [f"> {name}: {count} prompts ended early, logits not finite." for name, count in failed.items() if count]
+    notes += [
+        f"> {name}: measured on a target of other weights than those it was trained for."
+        for name, metrics in evaluations.items()
+        if is_other_target(metrics)
+    ]
     if not differing:
         return notes
     return [

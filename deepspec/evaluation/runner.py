@@ -57,9 +57,10 @@ def evaluate(config: EvalRun) -> dict[str, Any]:
     pending = [chunk for chunk in plan.chunks if chunk.key not in found]
     mine = pending[state.process_index :: state.num_processes]
     made: list[Record] = []
+    fingerprint = None
     if mine:
         try:
-            made = _decode(config, plan, mine, store, state)
+            made, fingerprint = _decode(config, plan, mine, store, state)
         except KeyboardInterrupt:
             console.print(
                 f"interrupted; finished prompts are kept in {config.output_dir}: run the command again to go on",
@@ -68,7 +69,8 @@ def evaluate(config: EvalRun) -> dict[str, Any]:
             raise SystemExit(130) from None
     everything = found | {record.key: record for record in gather_object(made)}
     records = [everything[key] for key in wanted]
-    metrics = _metrics(config, plan, records) | ({} if pending else _measured_on(store))
+    fingerprint = next(filter(None, gather_object([fingerprint])), None)
+    metrics = _metrics(config, plan, records, fingerprint) | ({} if pending else _measured_on(store))
     if state.is_main_process:
         store.consolidate(records)
         decode = plan.tokenizer.decode
@@ -165,8 +167,10 @@ def request_seed(seed: int, set_name: str, prompt: Prompt) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-def _decode(config: EvalRun, plan: Plan, chunks: list[Chunk], store: RecordStore, state: PartialState) -> list[Record]:
-    """Decode this rank's chunks; each is on disk before the next begins."""
+def _decode(
+    config: EvalRun, plan: Plan, chunks: list[Chunk], store: RecordStore, state: PartialState
+) -> tuple[list[Record], str]:
+    """Decode this rank's chunks; each is on disk before the next begins. Returns them and the target's fingerprint."""
     decoder = _load(config, plan, state.device)
     decoder.warm_up(chunks[0])
     made = []
@@ -180,7 +184,7 @@ def _decode(config: EvalRun, plan: Plan, chunks: list[Chunk], store: RecordStore
             store.append(record)
             made.append(record)
             progress.finished(record)
-    return made
+    return made, decoder.speculative.target.fingerprint
 
 
 def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
@@ -191,7 +195,13 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
         dtype=plan.target_dtype,
         device=device,
     )
-    draft = load_draft(plan.draft_folder, dtype=plan.target_dtype, device=device, target=target)
+    draft = load_draft(
+        plan.draft_folder,
+        dtype=plan.target_dtype,
+        device=device,
+        target=target,
+        allow_other_target=config.eval.allow_other_target,
+    )
 
     def text_of(ids: list[int]) -> str:
         """Special tokens stay, so that a stop string may name one."""
@@ -199,7 +209,7 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
 
     speculative = SpeculativeEngine(
         target,
-        DSparkProposer(draft, target),
+        DSparkProposer(draft, target, allow_other_target=config.eval.allow_other_target),
         slots=config.decode.batch_size,
         max_length=plan.max_length,
         policy=build_policy(config.decode.policy, replace(plan.policy_setup, device=device)),
@@ -213,7 +223,7 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
 
 
 def _measured_on(store: RecordStore) -> dict[str, Any]:
-    """Machine, versions and command of the run that decoded what is there already."""
+    """Target, machine, versions and command of the run that decoded what is there already."""
     file = store.folder / METRICS_FILE
     try:
         earlier = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -221,10 +231,11 @@ def _measured_on(store: RecordStore) -> dict[str, Any]:
         earlier = {}
     if earlier.get("settings_digest") != store.settings_digest:
         return {}
-    return {key: earlier[key] for key in ("machine", "versions", "command")}
+    return {key: earlier[key] for key in ("target", "machine", "versions", "command")}
 
 
-def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record]) -> dict[str, Any]:
+def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record], fingerprint: str | None) -> dict[str, Any]:
+    """Args: `fingerprint` of the target; None where nothing had to be decoded."""
     results = results_of(
         records,
         sets=list(plan.prompts),
@@ -242,6 +253,7 @@ def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record]) -> dict[str
         "algorithm": plan.draft_settings.algorithm,
         "block_size": plan.draft_settings.block_size,
         "weights": plan.draft_weights,
+        "target_fingerprint": getattr(plan.draft_config, "target_fingerprint", None),
         "config": {**asdict(plan.draft_settings), "target_layer_ids": list(plan.draft_settings.target_layer_ids)},
     }
     target = {
@@ -249,7 +261,7 @@ def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record]) -> dict[str
         "revision": config.target.revision,
         "gguf_file": config.target.gguf_file,
         "dtype": dtype_name(plan.target_dtype),
-        "fingerprint": getattr(plan.draft_config, "target_fingerprint", None),
+        "fingerprint": fingerprint,
     }
     return {
         "draft": draft,

@@ -163,6 +163,12 @@ def write_results(output_dir: str | Path, metrics: Mapping[str, Any], samples: I
     write_atomically(folder / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")
 
 
+def is_other_target(metrics: Mapping[str, Any]) -> bool:
+    """Whether the target had other weights than the one that the draft was trained for (`eval.allow_other_target`)."""
+    measured, trained = metrics["target"].get("fingerprint"), metrics["draft"].get("target_fingerprint")
+    return None not in (measured, trained) and measured != trained
+
+
 def print_table(metrics: Mapping[str, Any], console: Console) -> None:
     """One row per temperature and set, and the mean over sets."""
     draft = metrics["draft"]

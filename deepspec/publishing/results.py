@@ -10,7 +10,7 @@ from typing import Any
 
 from deepspec.decoding.recorded_rounds import METRICS_FILE
 from deepspec.evaluation.statistics import Estimate
-from deepspec.evaluation.summary import SAMPLES_FILE
+from deepspec.evaluation.summary import SAMPLES_FILE, is_other_target
 from deepspec.files import sha256_of
 from deepspec.publishing.source import DraftSource, PublishError
 
@@ -132,6 +132,10 @@ def _conditions(metrics: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     machine, settings = metrics["machine"], metrics["settings"]
     hardware = machine.get("accelerator") or f"{machine['cpu']}, {machine['torch_threads']} threads"
     chosen = [(title, str(settings[key])) for key, title in CONDITIONS.items() if key in settings]
+    if is_other_target(metrics):
+        target = metrics["target"]
+        other = f"{target['path']}, fingerprint `{target['fingerprint'][:12]}`, not the one that it was trained for"
+        chosen.insert(0, ("Target", other))
     return (("Measured on", hardware), *chosen)
 
 

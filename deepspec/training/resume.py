@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from deepspec.checkpoints import (
+    DRAFT,
     CheckpointError,
     list_checkpoints,
     newest_checkpoint,
@@ -23,15 +25,25 @@ from deepspec.config import ConfigError, TrainRun, flatten
 from deepspec.files import sha256_of
 from deepspec.targets import dtype_name, resolve_dtype
 from deepspec.training.devices import launcher_name
+from deepspec.training.schedule import learning_rate, total_steps
 
 logger = logging.getLogger(__name__)
 
-# Keys that may differ between a run and its continuation: they do not change what is learned.
+# Keys that may differ between a run and its continuation: they do not change what is learned, or say where something
+# lies whose content is compared instead, or (steps, epochs) how long to go on.
 FREE_KEYS = {
     "output_dir",
+    "data.train_files",
     "data.eval_files",
     "data.eval_samples",
+    "data.chat_template",
     "data.num_workers",
+    "target.path",
+    "target.revision",
+    "target.gguf_file",
+    "target.device_map",
+    "train.steps",
+    "train.epochs",
     "train.micro_batch_size",
     "train.tokens_per_batch",
     "train.compile",
@@ -40,10 +52,17 @@ FREE_KEYS = {
     "train.keep_checkpoints",
     "train.eval_steps",
     "train.resume",
+    "train.start_from",
     "train.collective_timeout",
-    "target.device_map",
 }
 FREE_GROUPS = ("logging.", "features.")
+DIGEST = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+# What a run is compared by beside its settings.
+TRAIN_DATA, CHAT_TEMPLATE, TARGET_WEIGHTS = (
+    "content of data.train_files (SHA-256)",
+    "content of data.chat_template (SHA-256)",
+    "weights of the target (fingerprint)",
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,8 @@ def find_start(config: TrainRun, accelerator: Accelerator) -> Start:
     """What `train.resume` and the run folder ask for. Rank 0 decides, the others follow.
 
     Raises:
-        ConfigError: the run folder belongs to a run with other settings or data.
+        ConfigError: the run folder belongs to a run with other settings or data, or has more steps done than are asked
+            for. Its target is compared later, see `check_same_target`.
         CheckpointError: a checkpoint named by `train.resume` is damaged.
     """
     decision: list[Any] = [_decide(config, accelerator) if accelerator.is_main_process else None]
@@ -87,7 +107,39 @@ def _decide(config: TrainRun, accelerator: Accelerator) -> Start:
     state = read_trainer_state(checkpoint)
     _check_same_run(config, state, checkpoint)
     _note_other_layout(config, accelerator, state, checkpoint)
-    return Start(checkpoint, state["step"], finished=state["step"] >= state["steps"])
+    return Start(checkpoint, state["step"], finished=_steps_of_whole_run(config, state, checkpoint) == state["step"])
+
+
+def _steps_of_whole_run(config: TrainRun, state: dict[str, Any], checkpoint: Path) -> int:
+    """What is asked for now, which may be more or fewer than before; what follows from that is said.
+
+    Raises:
+        ConfigError: more steps are done already.
+    """
+    key = "train.epochs" if config.train.steps is None else "train.steps"
+    done, before, now = state["step"], state["steps"], total_steps(config.train, state["samples"])
+    if now < done:
+        raise ConfigError(
+            f"{key}={flatten(config)[key]}: asks for {now} steps, but {checkpoint} has {done} done; give at least that "
+            "many to keep it as it is, or another output_dir"
+        )
+    if done < now != before:
+        rates = [
+            learning_rate(done, peak=config.train.lr, warmup_ratio=config.train.warmup_ratio, steps=steps)
+            for steps in (before, now)
+        ]
+        logger.warning(
+            "%s=%s: %d steps instead of %d; from step %d on the learning rate follows the new schedule and is %.2e "
+            "there instead of %.2e",
+            key,
+            flatten(config)[key],
+            now,
+            before,
+            done + 1,
+            rates[1],
+            rates[0],
+        )
+    return now
 
 
 def _named_checkpoint(path: str) -> Path:
@@ -100,21 +152,40 @@ def _named_checkpoint(path: str) -> Path:
         return newest
     if not folder.is_dir():
         raise ConfigError(f"train.resume={path}: must be auto, never, or an existing checkpoint folder")
+    if (folder / "config.json").is_file():
+        raise ConfigError(
+            f"train.resume={path}: a draft without the state of its optimizer cannot be continued; begin a new run "
+            f"with its weights by train.start_from={path}"
+        )
     verify_checkpoint(folder)
     return folder
 
 
 def run_identity(config: TrainRun) -> dict[str, Any]:
-    """Every setting that changes what is learned, by its dotted key, and the content of the training files."""
+    """Every setting that changes what is learned, by its dotted key, and the content of the files it reads."""
     identity = {
         key: value for key, value in flatten(config).items() if key not in FREE_KEYS and not key.startswith(FREE_GROUPS)
     }
     target = config.target
     dtype = resolve_dtype(target.dtype, target.path, revision=target.revision, gguf_file=target.gguf_file)
     identity["target.dtype"] = dtype_name(dtype)
-    for file in config.data.train_files:
-        identity[f"content of {file}"] = sha256_of(file) if Path(file).is_file() else None
+    identity[TRAIN_DATA] = [_content(file) for file in config.data.train_files]
+    identity[CHAT_TEMPLATE] = _content(config.data.chat_template)
     return json.loads(json.dumps(identity, default=str))
+
+
+def _content(file: str | None) -> str | None:
+    return sha256_of(file) if file is not None and Path(file).is_file() else None
+
+
+def check_same_target(checkpoint: Path, fingerprint: str) -> None:
+    """Refuse to continue with another target, once its fingerprint is known.
+
+    Raises:
+        ConfigError: the checkpoint belongs to a run with other target weights.
+    """
+    before = read_trainer_state(checkpoint)["identity"]
+    _refuse_differences(before | {TARGET_WEIGHTS: fingerprint}, before, checkpoint)
 
 
 def digest_of(identity: dict[str, Any]) -> str:
@@ -122,7 +193,11 @@ def digest_of(identity: dict[str, Any]) -> str:
 
 
 def _check_same_run(config: TrainRun, state: dict[str, Any], checkpoint: Path) -> None:
-    before, now = state["identity"], run_identity(config)
+    before = {key: value for key, value in state["identity"].items() if key != TARGET_WEIGHTS}
+    _refuse_differences(run_identity(config), before, checkpoint)
+
+
+def _refuse_differences(now: dict[str, Any], before: dict[str, Any], checkpoint: Path) -> None:
     changed = [
         f"{key}: was {_shown(before.get(key))}, is now {_shown(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
@@ -132,13 +207,13 @@ def _check_same_run(config: TrainRun, state: dict[str, Any], checkpoint: Path) -
         raise ConfigError(
             f"{checkpoint} was written by a run with other settings:\n  "
             + "\n  ".join(changed)
-            + f"\nGive the old values to continue it, or start a new run with train.resume=never output_dir=... (not "
-            f"{config.output_dir})"
+            + "\nGive the old ones to continue it; or start a new run in another output_dir, either with the weights "
+            f"of its draft (train.start_from={checkpoint / DRAFT}) or from scratch (train.resume=never)"
         )
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value)
+    text = DIGEST.sub(r"\1...", json.dumps(value))
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 

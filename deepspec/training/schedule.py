@@ -11,6 +11,7 @@ def total_steps(train: TrainConfig, num_samples: int) -> int:
     """Optimizer steps of the whole run: `train.steps`, or `train.epochs` passes over the samples, rounded up."""
     if train.steps is not None:
         return train.steps
+    assert train.epochs is not None  # `validate` asks for one of them
     return max(1, math.ceil(round(train.epochs * num_samples / train.global_batch_size, 6)))
 
 

@@ -33,6 +33,8 @@ from deepspec.targets import (
     position_range,
 )
 from deepspec.targets.positions import check_positions
+from deepspec.training.resume import check_same_target
+from deepspec.training.warm_start import check_settings, copy_weights, filled_in
 
 logger = logging.getLogger(__name__)
 
@@ -61,14 +63,15 @@ def prepare_materials(
     checkpoint: Path | None,
     check_target: Callable[[Target], None] | None = None,
 ) -> Materials:
-    """Load target and data, and build the draft: fresh, or from `checkpoint`.
+    """Load target and data, and build the draft: fresh, from `train.start_from`, or from `checkpoint`.
 
     Args:
         check_target: see `train`.
 
     Raises:
-        ConfigError: a draft that cannot be built for this target, a tokenizer without the tokens it needs, or a
-            feature server that does not serve this target.
+        ConfigError: a draft that cannot be built for this target, or does not fit that of `train.start_from`; a
+            checkpoint of a run with another target; a tokenizer without the tokens it needs, or a feature server that
+            does not serve this target.
         ValueError: a tokenizer that does not belong to the target, or a checkpoint of another target.
         DataError: unusable data, or a feature cache that does not fit the run.
     """
@@ -84,6 +87,8 @@ def prepare_materials(
     draft_config = draft_config_of(config, target_config, tokenizer)
     if accelerator.is_main_process and (limits := engine_limits(draft_config)):
         logger.warning("engines cannot serve this draft as it is trained: %s", "; ".join(limits))
+    if config.train.start_from is not None:
+        check_settings(draft_config, config.train.start_from)
     with accelerator.main_process_first():
         train_set, eval_set = load_datasets(config, tokenizer)
     if accelerator.is_main_process:
@@ -94,11 +99,9 @@ def prepare_materials(
     draft_config.target_fingerprint = target.fingerprint
     draft_config.target_gguf_file = config.target.gguf_file
     if checkpoint is None:
-        draft = build_draft(draft_config, target, seed=config.seed)
-        if config.draft.start_from_target:
-            draft.start_from_target(target)
+        draft = _new_draft(config, draft_config, target)
     else:
-        draft = _in_aligned_memory(load_draft(checkpoint, dtype=torch.float32, target=target))
+        draft = _continued_draft(checkpoint, draft_config, target)
     features = _feature_source(config, target, draft_config, tokenizer, accelerator.device)
     if isinstance(features, CachedFeatures):
         for dataset in filter(None, (train_set, eval_set)):
@@ -128,6 +131,24 @@ def _note_length(config: TrainRun, positions: int, train_set: ConversationDatase
             len(train_set),
             positions,
         )
+
+
+def _new_draft(config: TrainRun, draft_config: PreTrainedConfig, target: Target | TargetHead) -> DSparkModel:
+    draft = build_draft(draft_config, target, seed=config.seed)
+    if config.train.start_from is not None:
+        copy_weights(draft, config.train.start_from)
+    elif config.draft.start_from_target:
+        draft.start_from_target(target)
+    return draft
+
+
+def _continued_draft(checkpoint: Path, draft_config: PreTrainedConfig, target: Target | TargetHead) -> DSparkModel:
+    """That of the checkpoint, for the same target, which may lie elsewhere by now."""
+    check_same_target(checkpoint, target.fingerprint)
+    draft = _in_aligned_memory(load_draft(checkpoint, dtype=torch.float32, target=target))
+    draft.config.target_model_name_or_path = draft_config.target_model_name_or_path
+    draft.config.target_revision = draft_config.target_revision
+    return draft
 
 
 def _load_target(config: TrainRun, accelerator: Accelerator) -> Target | TargetHead:
@@ -204,7 +225,7 @@ def draft_config_of(
     Raises:
         ConfigError: a value that cannot work.
     """
-    draft, adapter = config.draft, adapter_for(target_config)
+    draft, adapter = filled_in(config.draft, config.train.start_from), adapter_for(target_config)
     mask_token_id = draft.mask_token_id
     if mask_token_id is None:
         mask_token_id = find_mask_token(tokenizer, target_config.get_text_config().vocab_size)

@@ -22,7 +22,7 @@ from deepspec.config import TrainRun
 from deepspec.drafts import DSparkModel
 from deepspec.training.devices import launcher_name
 from deepspec.training.optimizer_state import load_optimizer_state, save_optimizer_state
-from deepspec.training.resume import digest_of, run_identity
+from deepspec.training.resume import TARGET_WEIGHTS, digest_of, run_identity
 
 OPTIMIZER = "optimizer.safetensors"
 
@@ -34,16 +34,21 @@ class TrainerState:
         draft: as `Accelerator.prepare` left it.
         optimizer: what `Accelerator.prepare` returned.
         steps: of the whole run.
+        samples: that are trained on.
     """
 
-    def __init__(self, config: TrainRun, accelerator: Accelerator, draft: DSparkModel, optimizer: Any, steps: int):
+    def __init__(
+        self, config: TrainRun, accelerator: Accelerator, draft: DSparkModel, optimizer: Any, steps: int, samples: int
+    ):
         self.config = config
         self.accelerator = accelerator
         self.draft = draft
         self.optimizer = optimizer
         identity = run_identity(config) if accelerator.is_main_process else {}
+        identity |= {TARGET_WEIGHTS: draft.config.target_fingerprint}
         self.description: dict[str, Any] = {
             "steps": steps,
+            "samples": samples,
             "identity": identity,
             "config_digest": digest_of(identity),
             "config": asdict(config),

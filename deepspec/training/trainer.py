@@ -75,7 +75,8 @@ class Trainer:
         cast_inside(self.module, accelerator, config.train.mixed_precision)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.model, self.optimizer = accelerator.prepare(self.module, self._build_optimizer())
-        self.state = TrainerState(config, accelerator, materials.draft, self.optimizer, self.steps)
+        samples = len(materials.train_set)
+        self.state = TrainerState(config, accelerator, materials.draft, self.optimizer, self.steps, samples)
         if start.checkpoint is not None:
             self.state.restore(start.checkpoint)
         self.done = start.step
@@ -87,7 +88,9 @@ class Trainer:
     def description(self) -> str:
         """What this session is going to do, in a line."""
         trained = sum(whole_shape(parameter).numel() for parameter in self.parameters) / 1e6
-        origin = f"continuing from {self.checkpoint}" if self.checkpoint else "starting from scratch"
+        origin = f"starting from {self.config.train.start_from or 'scratch'}"
+        if self.checkpoint:
+            origin = f"continuing from {self.checkpoint}"
         return (
             f"{origin}: {self.steps - self.done} of {self.steps} steps, {len(self.materials.train_set)} samples, "
             f"{trained:.2f} M trained parameters, {self.accelerator.num_processes} x {self.accelerator.device.type} "
