@@ -113,7 +113,8 @@ def test_trains_online_and_cached_and_is_evaluated(folder: Path, python: str, mo
     words = ["features.source=cached", features, f"output_dir={tmp_path / 'cached'}"]
     _, seconds = run(python, "train.py", *training, *words, folder=folder)
     report["cached"] = figures(tmp_path / "cached", seconds)
-    words = ["eval.sets=[math]", "eval.limit=4", f"eval.prompts_dir={corpus / 'prompts'}", "decode.max_new_tokens=48"]
+    words = ["eval.sets=[math]", "eval.limit=4", "eval.temperatures=[1.0]", "decode.max_new_tokens=48"]
+    words += [f"eval.prompts_dir={corpus / 'prompts'}"]
     words += [f"checkpoint={tmp_path / 'cached'}", f"output_dir={tmp_path / 'eval'}", template]
     _, seconds = run(python, "eval.py", *target, *words, folder=folder)
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text(encoding="utf-8"))
