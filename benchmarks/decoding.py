@@ -90,7 +90,7 @@ def ways_to_decode(
     }
     for size in sizes_of(options):
         ways |= with_the_engine(options, target, draft, setup, requests, size, against=[GENERATE, GROWING])
-        lookup = LookupProposer(draft.block_size, device=target.device)
+        lookup = LookupProposer(draft.block_size)
         found = ConfidenceThreshold(0.5, draft.block_size)
         run = engine(options, target, lookup, requests, size, policy=found)
         ways[f"prompt lookup, batch {size}"] = Way(run, [f"plain, batch {size}", LOOKUP])

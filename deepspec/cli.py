@@ -111,7 +111,8 @@ def explain(error: Exception, schema: type) -> str:
         return str(error)
     types = leaf_types(schema)
     if key in types:
-        return f"{_override_text(key)}: {str(cause).splitlines()[0]}; {key} must be of type {types[key]}"
+        brackets = f", in brackets: {key}=[...]" if types[key].startswith("list") else ""
+        return f"{_override_text(key)}: {str(cause).splitlines()[0]}; {key} must be of type {types[key]}{brackets}"
     groups = {key.rsplit(".", 1)[0] for key in types if "." in key}
     near = near_match(key, types if "." in key else {name for name in {*types, *groups} if "." not in name})
     return f"unknown key '{_override_text(key)}'.{near} Add --cfg job to see every key."

@@ -92,6 +92,7 @@ def test_impossible_value(override, expected):
         ("train.stesp=5", "error: unknown key 'train.stesp=5'. Did you mean 'train.steps'?"),
         ("trian.steps=5", "Did you mean 'train'?"),
         ("train.steps=many", "train.steps=many: Value 'many'"),
+        ("data.train_files=a.jsonl", "must be of type list[str], in brackets: data.train_files=[...]"),
         ("recipes=smok", "Did you mean 'smoke'?"),
         ("draft.block_size=0", "error: draft.block_size=0: must be at least 1"),
         ("train.steps=5 train.epochs=2", "error: train.steps=5 and train.epochs=2: they exclude each other"),

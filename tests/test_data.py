@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from deepspec.data.chat import render_conversation, render_prompt
 from deepspec.data.dataset import check_vocabulary, tokenize_conversations
-from deepspec.data.jsonl import DataError, read_jsonl
+from deepspec.data.jsonl import DataError, check_file, read_jsonl
 from deepspec.data.packing import Document, Sample, anchor_candidates, lay_out
 from deepspec.data.sampler import BatchSplit, StepSampler, global_batch
 from deepspec.data.tokenizer import CHAT_TEMPLATE, MASK, train_tokenizer
@@ -243,3 +243,23 @@ def test_sampler_survives_a_data_loader_with_workers():
         Rows(), batch_sampler=order, collate_fn=lambda samples: [s.index for s in samples]
     )
     assert list(loader) == [[index for index, _ in keys] for keys in order]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "*.jsonl",
+            r"\*\.jsonl: no such file; a pattern is not filled in; name .*: \[.*a\.jsonl,.*b\.jsonl\]$",
+        ),
+        ("", r": a folder; name its files one by one, in the order to read them: \[.*a\.jsonl,.*b\.jsonl\]$"),
+        ("empty", r"empty: a folder without JSONL files$"),
+        ("c.jsonl", r"c\.jsonl: no such file$"),
+    ],
+)
+def test_what_is_no_file_is_answered_with_the_files_to_name(tmp_path, given, message):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=message):
+        check_file(tmp_path / given)

@@ -12,8 +12,16 @@ from decoding_world import random_draft, random_target
 from deepspec.config import ConfigError
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, memory
 from deepspec.decoding.cache import SlotCache
-from deepspec.decoding.policies import ConfidenceThreshold, PolicySetup, build_policy
-from deepspec.decoding.sps import load_table
+from deepspec.decoding.policies import (
+    AsynchronousScheduler,
+    ConfidenceThreshold,
+    FixedLength,
+    PolicySetup,
+    PrefixScheduler,
+    build_policy,
+)
+from deepspec.decoding.scheduling import RoundCost
+from deepspec.decoding.sps import SpsTable, load_table
 from deepspec.targets.attention import current_layout
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +68,44 @@ def test_a_confidence_policy_without_confidences(target):
         ConfigError, match=r"decode.policy=threshold: this draft has no confidence head; .*policy=fixed"
     ):
         build_policy("threshold", PolicySetup(5, 1, has_confidences=False))
+
+
+TABLE = SpsTable((1, 64), (10.0, 5.0), (1, 8), (0.01, 0.02))
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (lambda: FixedLength(99), r"FixedLength: verifies up to 99 tokens of a row, but the proposer drafts 5"),
+        (lambda: ConfidenceThreshold(0.5, 7), r"ConfidenceThreshold: verifies up to 7 tokens"),
+        (lambda: PrefixScheduler(RoundCost(TABLE, 2, 5), 5), r"PrefixScheduler: .* at most 2 rows, but .* has 3 slots"),
+        (lambda: AsynchronousScheduler(RoundCost(TABLE, 2, 5), 5), r"make the RoundCost for 3 rows"),
+        (lambda: build_policy("prefix", PolicySetup(5, 2, True, sps=TABLE)), r"Pausing: .* at most 2 rows"),
+        (lambda: build_policy("prefix", PolicySetup(5, 1, True, sps=TABLE, temperatures=[1.0] * 5)), r"at most 1 rows"),
+        (lambda: PrefixScheduler(RoundCost(TABLE, 3, 4), 5), r"RoundCost: made for blocks of 4 tokens, but asked .* 5"),
+    ],
+)
+def test_a_policy_that_does_not_fit_the_engine(target, draft, policy, message):
+    with pytest.raises(ConfigError, match=message):
+        SpeculativeEngine(target, DSparkProposer(draft, target), slots=3, max_length=32, policy=policy())
+
+
+def test_a_policy_for_fewer_tokens_or_more_rows_is_fine(target, draft):
+    for policy in (FixedLength(2), PrefixScheduler(RoundCost(TABLE, 8, 7), 5)):
+        engine = SpeculativeEngine(target, DSparkProposer(draft, target), slots=3, max_length=32, policy=policy)
+        assert len(engine.generate([Request([1], 6)] * 3)[2].output_ids) == 6
+
+
+def test_generate_does_not_lose_submitted_requests(target):
+    engine = SpeculativeEngine(target, max_length=32)
+    number = engine.submit(Request([1], 2))
+    with pytest.raises(ValueError, match="1 submitted requests have not ended and `generate` would lose them"):
+        engine.generate([Request([2], 2)])
+    ended = []
+    while engine.active or engine.waiting:
+        ended += engine.step()
+    assert [index for index, _ in ended] == [number]
+    assert len(engine.generate([Request([2], 2)])[0].output_ids) == 2
 
 
 def test_an_sps_table_of_another_machine(tmp_path, caplog):

@@ -299,7 +299,7 @@ def test_requests_that_cannot_be_decoded(target, draft):
 def test_settings_that_cannot_work(target, draft):
     silent = random_draft(target, confidence_head=False)
     with pytest.raises(ValueError, match=r"ConfidenceThreshold: this draft has no confidence head"):
-        engine_of(target, silent, policy=threshold_of(0.5))
+        engine_of(target, silent, policy=ConfidenceThreshold(0.5, silent.block_size))
     with pytest.raises(ValueError, match=r"decode.verification=tokens: must be one of token, block. Did you mean 'tok"):
         engine_of(target, draft, verification="tokens")
     with pytest.raises(ValueError, match=r"decode.batch_size=0"):

@@ -69,3 +69,12 @@ def test_greedy_output_is_that_of_plain_decoding(threshold):
     rounds = [r for completion in looked_up for r in completion.rounds]
     assert any(r.accepted for r in rounds)
     assert any(r.proposed == 0 for r in rounds) == (threshold is not None)
+
+
+def test_works_where_the_engines_tokens_are():
+    proposer = LookupProposer()
+    proposer.allocate(1, 4)
+    ids = torch.tensor([1, 2], device="meta")
+    span = Span.of([0], [0], [2], torch.device("meta"))
+    proposer.observe(span, ids, torch.empty(2, 0))
+    assert proposer._tokens.device == ids.device

@@ -50,6 +50,7 @@ def write_evaluation(folder: Path, seed: int, skill: float, confident: bool, **s
         block_size=BLOCK,
         baseline=True,
         bootstrap_samples=200,
+        skipped=dict.fromkeys(RATES, 0),
         seed=0,
     )
     metrics = {

@@ -358,6 +358,44 @@ def test_a_fine_tuned_target_is_measured_on_purpose(
     assert "measured on a target of other weights" in report_of(config)
 
 
+@pytest.mark.parametrize("max_length", [None, 60])
+def test_prompts_that_are_too_long_are_skipped_and_counted(
+    config: EvalRun, max_length: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the target's positions, or by what a slot holds; the others keep their random streams and their samples."""
+    config.eval.sets, config.eval.temperatures = ["math"], [1.0]
+    whole = evaluate(config)
+    file = Path(config.eval.prompts_dir) / "math.jsonl"
+    _, *rest = file.read_text().splitlines()
+    too_long = "two " * (200 if max_length is None else 40)
+    long = json.dumps({"turns": [too_long]})
+    file.write_text("\n".join([long, *rest, long]))
+    config.output_dir += "_skipped"
+    config.decode.max_length = max_length
+    metrics = evaluate(config)
+    measured = metrics["results"][0]["sets"]["math"]
+    assert (measured["prompts"], measured["skipped"]) == (2, 2)
+    assert whole["results"][0]["sets"]["math"]["skipped"] == 0
+    printed = capsys.readouterr().out
+    assert "math: 2 prompts are too long and are skipped" in printed
+    assert "2 (+2 too long)" in printed
+    samples = [json.loads(line) for line in (Path(config.output_dir) / "samples.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in (Path(whole["settings"]["output_dir"]) / "samples.jsonl").open()]
+    assert [(row["prompt"], row["text"]) for row in samples] == [(row["prompt"], row["text"]) for row in before[1:]]
+    assert "2 prompts of math were too long" in report_of(config)
+
+
+def test_answers_without_a_round(config: EvalRun, capsys: pytest.CaptureFixture[str]) -> None:
+    config.decode.max_new_tokens = 1
+    metrics = evaluate(config)
+    assert "NaN" not in json.dumps(metrics)
+    values = metrics["results"][0]["sets"]["math"]
+    assert (values["rounds"], values["output_tokens"], values["verify_rate"]) == (0, 3, None)
+    assert values["tau"]["value"] is None
+    assert re.search(r"math +│ +3 │ +- │ +- │", capsys.readouterr().out)
+    assert "| 1 | math | - |" in report_of(config)
+
+
 def report_of(config: EvalRun) -> str:
     folder = Path(config.output_dir).parent / "report"
     assert report.main([str(folder), "--eval", f"Draft={config.output_dir}"]) == 0
@@ -420,14 +458,14 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     config: EvalRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(runner, "load_target", lambda *a, **k: pytest.fail("weights were read"))
-    with pytest.raises(ConfigError, match=r"decode\.max_length=20: .*line \d.*needs \d+"):
+    with pytest.raises(ConfigError, match=r"decode\.max_length=20: no prompt of 'math' fits: .*needs \d+"):
         evaluate(dataclass_with(config, decode=DecodeConfig(max_new_tokens=12, max_length=20)))
     with pytest.raises(ConfigError, match=r"eval\.sets=\[\]"):
         evaluate(dataclass_with(config, eval=EvalConfig()))
     with pytest.raises(ConfigError, match=r"decode.policy=prefix: needs an SPS table; measure one with python -m deep"):
         evaluate(dataclass_with(config, decode=DecodeConfig(policy="prefix")))
     (tmp_path / "prompts" / "math.jsonl").write_text(json.dumps({"turns": ["two " * 200]}), encoding="utf-8")
-    with pytest.raises(DataError, match=r"math\.jsonl, line 1: the prompt has \d+ tokens.*at most 96"):
+    with pytest.raises(DataError, match=r"no prompt of 'math' fits: the shortest has \d+ tokens, .* at most 96 with"):
         evaluate(config)
 
 

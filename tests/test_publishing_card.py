@@ -60,6 +60,7 @@ def write_evaluation(folder: Path, draft_folder: Path, **changes: Any) -> Path:
             "folder": str(draft_folder),
             "weights": {file.name: sha256_of(file) for file in draft_folder.glob("*.safetensors")},
         },
+        "target": {"path": "builtin", "fingerprint": None},
         "results": results_of(
             records,
             sets=["math", "chat"],
@@ -67,6 +68,7 @@ def write_evaluation(folder: Path, draft_folder: Path, **changes: Any) -> Path:
             block_size=5,
             baseline=True,
             bootstrap_samples=50,
+            skipped={"math": 0, "chat": 0},
             seed=0,
         ),
         "settings": {"decode.max_new_tokens": 64, "decode.verification": "token", "target.dtype": "float32"},

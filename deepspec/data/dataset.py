@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError
 from deepspec.data.chat import render_conversation
-from deepspec.data.jsonl import DataError, read_jsonl
+from deepspec.data.jsonl import DataError, check_file, read_jsonl
 from deepspec.data.packing import Sample
 from deepspec.files import sha256_of
 
@@ -172,8 +171,7 @@ def _content_digest(
 ) -> str:
     digest = hashlib.sha256()
     for file in files:
-        if not Path(file).is_file():
-            raise DataError(f"{file}: no such file")
+        check_file(file)
         digest.update(sha256_of(file).encode())
     settings = [
         sorted(FEATURES),

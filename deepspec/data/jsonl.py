@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+SHOWN = 5  # files in a message
+
 
 class DataError(ValueError):
     """A data file that cannot be used. The message names the file and, where there is one, the line."""
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse what is no file; of a folder or a pattern, the files that may have been meant are named.
+
+    Raises:
+        DataError: with what to give.
+    """
+    path = Path(path)
+    if path.is_file():
+        return
+    if path.is_dir():
+        meant, what = sorted(map(str, path.glob("*.jsonl"))), "a folder"
+    else:
+        meant, what = sorted(glob.glob(str(path))), "no such file; a pattern is not filled in"
+    if not meant:
+        raise DataError(f"{path}: a folder without JSONL files" if path.is_dir() else f"{path}: no such file")
+    shown = ",".join(meant[:SHOWN]) + (",..." if len(meant) > SHOWN else "")
+    raise DataError(f"{path}: {what}; name its files one by one, in the order to read them: [{shown}]")
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -19,8 +41,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: the file is missing, empty or not UTF-8, or a line is not a JSON object.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
+    check_file(path)
     rows = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):

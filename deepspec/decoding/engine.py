@@ -63,8 +63,8 @@ class SpeculativeEngine:
             graphs: capture draft and verify passes as CUDA graphs; None = on a GPU.
 
         Raises:
-            ConfigError: the target cannot be decoded, there is no such verification rule, the policy needs confidences
-                that the proposer has not, or the caches of so many slots do not fit the memory; says how many do.
+            ConfigError: the target cannot be decoded, there is no such verification rule, the policy does not fit the
+                proposer or the slots, or the caches of so many slots do not fit the memory; says how many do.
         """
         _check_settings(proposer, slots, policy, verification)
         self.target = target
@@ -111,27 +111,35 @@ class SpeculativeEngine:
     ) -> list[Completion]:
         """Decode all requests; `on_finish(index, completion)` is called as each one ends.
 
-        What was submitted before and has not ended is forgotten: use either this or `submit` and `step`.
+        Use either this or `submit` and `step`. A call that is interrupted forgets its requests.
 
         A request gives the same tokens whatever else is in the batch, up to floating-point rounding. One whose logits
         are not finite ends with the finish reason `error`; the others go on.
 
         Raises:
-            ValueError: see `submit`. Nothing is decoded then.
+            ValueError: requests that were submitted before have not ended, or see `submit`. Nothing is decoded then.
         """
         for index, request in enumerate(requests):
             self._check(index, request)
-        self._abandon_all()
+        if self.active or self.waiting:
+            raise ValueError(
+                f"{self.active + self.waiting} submitted requests have not ended and `generate` would lose them: call "
+                "`step` until none is left, or decode these in another engine"
+            )
+        self.policy.reset()
         self.timing = Timing()
         first = self._submitted
         for request in requests:
             self.submit(request)
         completions: dict[int, Completion] = {}
-        while self.active or self.waiting:
-            for number, completion in self.step():
-                completions[number - first] = completion
-                if on_finish:
-                    on_finish(number - first, completion)
+        try:
+            while self.active or self.waiting:
+                for number, completion in self.step():
+                    completions[number - first] = completion
+                    if on_finish:
+                        on_finish(number - first, completion)
+        finally:
+            self._abandon_all()
         return [completions[index] for index in range(len(requests))]
 
     def submit(self, request: Request) -> int:
@@ -189,7 +197,6 @@ class SpeculativeEngine:
         """What an interrupted call has left."""
         self._rows, self._settings = [], None
         self._waiting.clear()
-        self.policy.reset()
 
     def _can_enter(self) -> int:
         """How many of those that wait can share a pass: all, or of a recurrent target the first ones of equal length,
@@ -329,8 +336,24 @@ def _check_settings(proposer: Proposer | None, slots: int, policy: Policy | None
         )
     if slots < 1:
         raise ConfigError(f"decode.batch_size={slots}: must be at least 1")
-    if policy and policy.needs_confidences and proposer and not proposer.has_confidences:
+    if policy and proposer:
+        _check_policy(policy, proposer, slots)
+
+
+def _check_policy(policy: Policy, proposer: Proposer, slots: int) -> None:
+    name = type(policy).__name__
+    if policy.maximum > proposer.block_size:
         raise ConfigError(
-            f"{type(policy).__name__}: this draft has no confidence head; train one with draft.confidence_head=true or "
+            f"{name}: verifies up to {policy.maximum} tokens of a row, but the proposer drafts {proposer.block_size}; "
+            "make the policy for its block"
+        )
+    if policy.rows is not None and policy.rows < slots:
+        raise ConfigError(
+            f"{name}: its costs are known for at most {policy.rows} rows, but the engine has {slots} slots; make the "
+            f"RoundCost for {slots} rows"
+        )
+    if policy.needs_confidences and not proposer.has_confidences:
+        raise ConfigError(
+            f"{name}: this draft has no confidence head; train one with draft.confidence_head=true or "
             "set decode.policy=fixed"
         )

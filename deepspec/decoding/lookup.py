@@ -22,19 +22,20 @@ class LookupProposer:
     layer_ids: Sequence[int] = ()
     has_confidences = True
 
-    def __init__(self, block_size: int = 7, longest: int = 3, device: torch.device | str = "cpu"):
+    def __init__(self, block_size: int = 7, longest: int = 3):
         """Args: `longest` is the n of the longest n-gram that is looked for."""
         self.block_size = block_size
-        self._longest, self._device = longest, device
-        self._tokens = torch.empty(0, 0, dtype=torch.long)  # [slots, columns]
+        self._longest = longest
+        self._tokens = torch.empty(0, 0, dtype=torch.long)  # [slots, columns], where the engine's tokens are
 
     def bytes_per_slot(self, columns: int) -> int:
         return columns * torch.long.itemsize
 
     def allocate(self, slots: int, columns: int) -> None:
-        self._tokens = torch.zeros(slots, columns, dtype=torch.long, device=self._device)
+        self._tokens = torch.zeros(slots, columns, dtype=torch.long)
 
     def observe(self, span: Span, ids: Tensor, features: Tensor) -> None:
+        self._tokens = self._tokens.to(ids.device)  # once: the first tokens tell where the engine works
         self._tokens[span.slot_of, span.positions] = ids
 
     def propose(

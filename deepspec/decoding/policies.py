@@ -33,6 +33,7 @@ class Policy(Protocol):
 
     maximum: int  # the most drafted tokens of a row that it ever verifies: more need not be drafted
     needs_confidences: bool = True
+    rows: int | None = None  # the most that it can decide about; None = any number
 
     def reset(self) -> None:
         """Forget earlier rounds."""
@@ -97,8 +98,8 @@ class PrefixScheduler(Policy):
     """Algorithm 1: admit tokens by survival while tau * SPS(B) rises, stop at the first that does not raise it."""
 
     def __init__(self, cost: RoundCost, block_size: int):
-        self.maximum = block_size
-        self._cost = cost
+        self.maximum, self.rows = block_size, cost.rows
+        self._cost = cost.for_blocks_of(block_size)
 
     def lengths(self, confidences: Tensor | None, rows: int) -> Tensor:
         assert confidences is not None
@@ -117,8 +118,8 @@ class AsynchronousScheduler(Policy):
     DELAY = 2  # rounds
 
     def __init__(self, cost: RoundCost, block_size: int):
-        self.maximum = block_size
-        self._cost = cost
+        self.maximum, self.rows = block_size, cost.rows
+        self._cost = cost.for_blocks_of(block_size)
         self._places: deque[_OnItsWay] = deque()
 
     def reset(self) -> None:
@@ -154,7 +155,7 @@ class Pausing(Policy):
     MEMORY = 0.75  # of the running mean, a round
 
     def __init__(self, policy: Policy, cost: RoundCost):
-        self.policy, self.maximum = policy, policy.maximum
+        self.policy, self.maximum, self.rows = policy, policy.maximum, policy.rows
         self._cost = cost
         self._forget()
 
@@ -222,7 +223,7 @@ class Calibrated(Policy):
     def __init__(self, policy: Policy, temperatures: Tensor):
         """Args: temperatures [slots]."""
         self.policy, self.temperatures = policy, temperatures
-        self.maximum = policy.maximum
+        self.maximum, self.rows = policy.maximum, policy.rows
 
     def reset(self) -> None:
         self.policy.reset()

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepspec.config import ConfigError
 from deepspec.decoding.sps import SpsTable
 
 
@@ -88,10 +89,20 @@ class RoundCost:
 
     def __init__(self, table: SpsTable, rows: int, block_size: int, device: torch.device | str = "cpu"):
         """Args: `rows`, the most there will be."""
+        self.rows, self._block_size = rows, block_size
         sizes = np.arange(rows * (block_size + 1) + 1)
         self._pass = torch.as_tensor(table.pass_seconds(sizes), device=device)
         self._beside = table.beside_seconds(sizes[: rows + 1]).tolist()
         self._plain = table.round_seconds(sizes[: rows + 1], sizes[: rows + 1], drafting=False).tolist()
+
+    def for_blocks_of(self, size: int) -> RoundCost:
+        """Itself. Raises ConfigError when it was made for shorter blocks."""
+        if size > self._block_size:
+            raise ConfigError(
+                f"RoundCost: made for blocks of {self._block_size} tokens, but asked about {size}; give it the block "
+                "size of the policy"
+            )
+        return self
 
     def seconds(self, rows: int, slots: int) -> Tensor:
         """Of a round that verifies n = 0..rows * slots drafted tokens: float64 [rows * slots + 1]."""

@@ -40,13 +40,14 @@ class Chunk:
 
     set_name: str
     temperature: float
+    start: int  # place of the first one among those of the set that are decoded
     prompts: Sequence[Prompt]
 
     @property
     def key(self) -> Key:
         """As of its `Record`."""
         digest = digest_of([prompt.ids for prompt in self.prompts])
-        return (self.set_name, self.temperature, self.prompts[0].index, digest)
+        return (self.set_name, self.temperature, self.start, digest)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Plan:
     draft_weights: dict[str, str]  # file -> sha256
     policy_setup: PolicySetup  # on the CPU
     tokenizer: PreTrainedTokenizerBase
-    prompts: dict[str, list[Prompt]]
+    prompts: dict[str, list[Prompt]]  # by set, those that are decoded
+    skipped: dict[str, int]  # by set, how many are too long
     chunks: list[Chunk]
     stop_token_ids: tuple[int, ...]
     positions: int  # of the target
@@ -72,9 +74,8 @@ def make_plan(config: EvalRun) -> Plan:
     """Read the draft's config, the tokenizer and the prompt sets.
 
     Raises:
-        ConfigError: an unknown set, no set at all, prompts that do not fit `decode.max_length`, or a policy that cannot
-            work, see `build_policy`.
-        DataError: a damaged set, SPS table or calibration, or a prompt that does not fit the target.
+        ConfigError: an unknown set, no set at all, or a policy that cannot work, see `build_policy`.
+        DataError: a damaged set, SPS table or calibration, or a set without a prompt that fits, see `_that_fit`.
         FileNotFoundError: no such draft, target or SPS table.
     """
     if not config.eval.sets:
@@ -92,7 +93,7 @@ def make_plan(config: EvalRun) -> Plan:
     settings = DraftSettings.of(draft_config)
     setup = _policy_setup(config, settings, folder)
     build_policy(config.decode.policy, setup)  # or refuse
-    prompts = {
+    listed = {
         name: load_set(
             name,
             config.eval.prompts_dir,
@@ -102,15 +103,10 @@ def make_plan(config: EvalRun) -> Plan:
         )
         for name in dict.fromkeys(config.eval.sets)
     }
-    for prompt in (prompt for of_set in prompts.values() for prompt in of_set):
-        if len(prompt.ids) >= positions:
-            raise DataError(
-                f"{prompt.place}: the prompt has {len(prompt.ids)} tokens, and target {target.path} reads at most "
-                f"{positions} with room for an answer; shorten or remove it"
-            )
+    prompts = {name: _that_fit(of_set, name, config, positions, settings.block_size) for name, of_set in listed.items()}
     size = config.decode.batch_size
     chunks = [
-        Chunk(name, temperature, of_set[start : start + size])
+        Chunk(name, temperature, start, of_set[start : start + size])
         for temperature in dict.fromkeys(config.eval.temperatures)
         for name, of_set in prompts.items()
         for start in range(0, len(of_set), size)
@@ -126,10 +122,12 @@ def make_plan(config: EvalRun) -> Plan:
         setup,
         tokenizer,
         prompts,
+        {name: len(of_set) - len(prompts[name]) for name, of_set in listed.items()},
         chunks,
         stops,
         positions,
-        _slot_length(config, prompts, positions, settings.block_size),
+        config.decode.max_length
+        or max(_needed(prompt, config, positions, settings.block_size) for of in prompts.values() for prompt in of),
         dtype,
         digest_of([weights, target_identity(config), dtype_name(dtype), decoding, config.seed, stops]),
     )
@@ -167,18 +165,36 @@ def new_tokens(prompt: Prompt, max_new_tokens: int, positions: int) -> int:
     return min(max_new_tokens, positions - len(prompt.ids))
 
 
-def _slot_length(config: EvalRun, prompts: dict[str, list[Prompt]], positions: int, block_size: int) -> int:
-    listed = [prompt for of_set in prompts.values() for prompt in of_set]
-    budget = config.decode.max_new_tokens
-    longest = max(listed, key=lambda prompt: len(prompt.ids) + new_tokens(prompt, budget, positions))
-    needed = len(longest.ids) + new_tokens(longest, budget, positions) + block_size
-    given = config.decode.max_length
-    if given is not None and given < needed:
-        raise ConfigError(
-            f"decode.max_length={given}: {longest.place} with its {len(longest.ids)} tokens, "
-            f"decode.max_new_tokens={budget} and a block of {block_size} needs {needed}; raise it, or set null"
+def _needed(prompt: Prompt, config: EvalRun, positions: int, block_size: int) -> int:
+    """Positions of a slot: the prompt, its answer and a block."""
+    return len(prompt.ids) + new_tokens(prompt, config.decode.max_new_tokens, positions) + block_size
+
+
+def _that_fit(
+    prompts: Sequence[Prompt], set_name: str, config: EvalRun, positions: int, block_size: int
+) -> list[Prompt]:
+    """Without those that the target cannot read with room for an answer, or that need more than `decode.max_length`.
+
+    Raises:
+        ConfigError, DataError: none is left.
+    """
+    readable = [prompt for prompt in prompts if len(prompt.ids) < positions]
+    if not readable:
+        raise DataError(
+            f"eval.sets: no prompt of '{set_name}' fits: the shortest has {min(len(p.ids) for p in prompts)} tokens, "
+            f"and target {config.target.path} reads at most {positions} with room for an answer"
         )
-    return given or needed
+    given = config.decode.max_length
+    needed = {prompt.index: _needed(prompt, config, positions, block_size) for prompt in readable}
+    if given is None or given >= max(needed.values()):
+        return readable
+    if given < min(needed.values()):
+        raise ConfigError(
+            f"decode.max_length={given}: no prompt of '{set_name}' fits: with decode.max_new_tokens="
+            f"{config.decode.max_new_tokens} and a block of {block_size} even the shortest needs "
+            f"{min(needed.values())}; raise it, or set null"
+        )
+    return [prompt for prompt in readable if needed[prompt.index] <= given]
 
 
 def _decoding_settings(config: EvalRun, setup: PolicySetup) -> dict[str, Any]:

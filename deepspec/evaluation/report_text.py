@@ -85,6 +85,12 @@ def _cautions(evaluations: Mapping[str, Metrics]) -> list[str]:
     }
     notes = [f"> {name}: {count} prompts ended early, logits not finite." for name, count in failed.items() if count]
     notes += [
+        f"> {name}: {values['skipped']} prompts of {set_name} were too long for the target or a slot: skipped."
+        for name, metrics in evaluations.items()
+        for set_name, values in metrics["results"][0]["sets"].items()
+        if values.get("skipped")
+    ]
+    notes += [
         f"> {name}: measured on a target of other weights than those it was trained for."
         for name, metrics in evaluations.items()
         if is_other_target(metrics)

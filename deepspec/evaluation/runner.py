@@ -52,6 +52,9 @@ def evaluate(config: EvalRun) -> dict[str, Any]:
         plan = make_plan(config)
     store = RecordStore(config.output_dir, plan.settings_digest, state.process_index)
     console = make_console(is_main=state.is_main_process)
+    for name, count in plan.skipped.items():
+        if count:
+            console.print(f"{name}: {count} prompts are too long and are skipped", soft_wrap=True)
     wanted = [chunk.key for chunk in plan.chunks]
     found = _known_records(store, wanted, config.eval.baseline, console)
     pending = [chunk for chunk in plan.chunks if chunk.key not in found]
@@ -244,6 +247,7 @@ def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record], fingerprint
         baseline=config.eval.baseline,
         bootstrap_samples=config.eval.bootstrap_samples,
         seed=config.seed,
+        skipped=plan.skipped,
     )
     checkpoint = Path(config.checkpoint)
     draft = {

@@ -43,9 +43,14 @@ def results_of(
     baseline: bool,
     bootstrap_samples: int,
     seed: int,
+    skipped: Mapping[str, int],
 ) -> list[dict[str, Any]]:
     """Per temperature: `sets` (name -> metrics of `set_metrics`), `macro`, the mean over the sets, and `reliability` of
-    the confidences, pooled over the sets."""
+    the confidences, pooled over the sets.
+
+    Args:
+        skipped: by set, prompts that were too long.
+    """
     grouped: dict[tuple[str, float], list[Record]] = {(s, t): [] for t in temperatures for s in sets}
     for record in sorted(records, key=lambda record: record.start):
         grouped[record.set_name, record.temperature].append(record)
@@ -54,7 +59,8 @@ def results_of(
         of_sets = {name: grouped[name, temperature] for name in sets}
         resampler = Resampler(bootstrap_samples, seed)
         metrics = {
-            name: set_metrics(chunks, block_size=block_size, baseline=baseline, resampler=resampler)
+            name: {"skipped": skipped[name]}
+            | set_metrics(chunks, block_size=block_size, baseline=baseline, resampler=resampler)
             for name, chunks in of_sets.items()
         }
         macro: dict[str, Any] = {
@@ -194,7 +200,8 @@ def print_table(metrics: Mapping[str, Any], console: Console) -> None:
             ]
             digits = [show_number(number, places) for number, places in zip(numbers, (2, 1, 1), strict=True)]
             tau, speedup = show_estimate(values["tau"]), show_estimate(values["speedup"], "x")
-            table.add_row(temperature, name, str(values["prompts"]), tau, *digits, speedup)
+            prompts = f"{values['prompts']}" + (f" (+{values['skipped']} too long)" if values["skipped"] else "")
+            table.add_row(temperature, name, prompts, tau, *digits, speedup)
         macro = result["macro"]
         mean = show_estimate(macro["tau"]), "", "", "", show_estimate(macro["speedup"], "x")
         table.add_row(temperature, "mean of sets", "", *mean, style="bold", end_section=True)

@@ -78,8 +78,8 @@ def find_start(config: TrainRun, accelerator: Accelerator) -> Start:
     """What `train.resume` and the run folder ask for. Rank 0 decides, the others follow.
 
     Raises:
-        ConfigError: the run folder belongs to a run with other settings or data, or has more steps done than are asked
-            for. Its target is compared later, see `check_same_target`.
+        ConfigError: the run folder belongs to a run with other settings or data. Its target is compared later, see
+            `check_same_target`.
         CheckpointError: a checkpoint named by `train.resume` is damaged.
     """
     decision: list[Any] = [_decide(config, accelerator) if accelerator.is_main_process else None]
@@ -107,22 +107,15 @@ def _decide(config: TrainRun, accelerator: Accelerator) -> Start:
     state = read_trainer_state(checkpoint)
     _check_same_run(config, state, checkpoint)
     _note_other_layout(config, accelerator, state, checkpoint)
-    return Start(checkpoint, state["step"], finished=_steps_of_whole_run(config, state, checkpoint) == state["step"])
+    return Start(checkpoint, state["step"], finished=_steps_of_whole_run(config, state) <= state["step"])
 
 
-def _steps_of_whole_run(config: TrainRun, state: dict[str, Any], checkpoint: Path) -> int:
-    """What is asked for now, which may be more or fewer than before; what follows from that is said.
-
-    Raises:
-        ConfigError: more steps are done already.
-    """
+def _steps_of_whole_run(config: TrainRun, state: dict[str, Any]) -> int:
+    """What is asked for now, which may be more or fewer than before; what follows from that is said."""
     key = "train.epochs" if config.train.steps is None else "train.steps"
     done, before, now = state["step"], state["steps"], total_steps(config.train, state["samples"])
     if now < done:
-        raise ConfigError(
-            f"{key}={flatten(config)[key]}: asks for {now} steps, but {checkpoint} has {done} done; give at least that "
-            "many to keep it as it is, or another output_dir"
-        )
+        logger.warning("%s=%s: asks for %d steps, but %d are done", key, flatten(config)[key], now, done)
     if done < now != before:
         rates = [
             learning_rate(done, peak=config.train.lr, warmup_ratio=config.train.warmup_ratio, steps=steps)
