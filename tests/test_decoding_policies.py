@@ -23,14 +23,16 @@ from deepspec.decoding.policies import (
     build_policy,
     calibrated,
 )
-from deepspec.decoding.scheduling import Ranking, best_places, places_until_first_drop, survivals
+from deepspec.decoding.scheduling import Ranking, RoundCost, best_places, places_until_first_drop, survivals
 from deepspec.decoding.sps import SpsTable
 
 TABLE = SpsTable([1, 8, 64], [100.0, 90.0, 20.0])
 
 
-class GivenCost:
+class GivenCost(RoundCost):
     """Seconds of a round of `rows` that verifies n = 0, 1, ... tokens, as they were drawn."""
+
+    rows, _block_size = 5, 5
 
     def __init__(self, seconds):
         self._seconds = torch.tensor(seconds, dtype=torch.float64)

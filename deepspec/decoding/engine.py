@@ -342,6 +342,11 @@ def _check_settings(proposer: Proposer | None, slots: int, policy: Policy | None
 
 def _check_policy(policy: Policy, proposer: Proposer, slots: int) -> None:
     name = type(policy).__name__
+    if policy.needs_confidences and not proposer.has_confidences:
+        raise ConfigError(
+            f"{name}: this draft has no confidence head; train one with draft.confidence_head=true or "
+            "set decode.policy=fixed"
+        )
     if policy.maximum > proposer.block_size:
         raise ConfigError(
             f"{name}: verifies up to {policy.maximum} tokens of a row, but the proposer drafts {proposer.block_size}; "
@@ -351,9 +356,4 @@ def _check_policy(policy: Policy, proposer: Proposer, slots: int) -> None:
         raise ConfigError(
             f"{name}: its costs are known for at most {policy.rows} rows, but the engine has {slots} slots; make the "
             f"RoundCost for {slots} rows"
-        )
-    if policy.needs_confidences and not proposer.has_confidences:
-        raise ConfigError(
-            f"{name}: this draft has no confidence head; train one with draft.confidence_head=true or "
-            "set decode.policy=fixed"
         )
