@@ -17,7 +17,7 @@ from deepspec.config import TrainRun
 from deepspec.data.jsonl import DataError
 from deepspec.data.sampler import StepSampler
 from deepspec.features import FeatureQueue, StoppedWaiting
-from deepspec.targets import TargetFeatures
+from deepspec.targets import TargetFeatures, dtype_name
 from deepspec.training.batches import (
     EVALUATION,
     TRAINING,
@@ -231,7 +231,7 @@ class Trainer:
     def _explain_overflow(self, found: Sequence[tuple[int, str]]) -> str:
         samples = ", ".join(self.materials.train_set.id_of(index) for index in dict.fromkeys(i for i, _ in found))
         parts = sorted({part for _, part in found}, key=lambda part: (part == FINAL, len(part), part))
-        advice = overflow_advice(self.config.target.dtype, self.config.features.source)
+        advice = overflow_advice(dtype_name(self.materials.target_dtype), self.config.features.source)
         return (
             f"step {self.done + 1}: the target's features are not finite: {', '.join(parts)} of samples {samples} (ids "
             f"in data.train_files). {advice}; nothing was saved from this step, {self._survivor()}"
