@@ -7,9 +7,9 @@ import torch
 from decoding_world import random_target
 
 from deepspec.decoding import LookupProposer, Request, SpeculativeEngine
-from deepspec.decoding.cache import Span
 from deepspec.decoding.policies import ConfidenceThreshold
 from deepspec.decoding.sampling import SamplingSettings
+from deepspec.decoding.span import Span
 
 
 def proposed(rows: list[list[int]], length: int = 3, **options) -> list[list[int | None]]:

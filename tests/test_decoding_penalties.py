@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
-from deepspec.decoding.cache import Span
 from deepspec.decoding.penalties import RepetitionPenalty, penalise, seen_along, seen_in
+from deepspec.decoding.span import Span
 
 VOCAB = 12
 IDS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=8)

@@ -22,6 +22,7 @@ from deepspec.config import ConfigError
 from deepspec.data.packing import Sample, lay_out
 from deepspec.features import OnlineFeatures
 from deepspec.targets import Target, load_target, load_target_config
+from deepspec.targets.probe import probe_family
 
 SIZES = {
     "vocab_size": 64,
@@ -120,6 +121,7 @@ def test_an_unknown_family_that_the_adapter_understands_works_with_a_note(caplog
     config = StableLmConfig(**SIZES | {"use_qkv_bias": True})
     with caplog.at_level("WARNING"):
         target = Target(StableLmForCausalLM(config), "tiny")
+        probe_family(target)
     assert "model type 'stablelm' is not among the tested families" in caplog.text
     assert target.features(token_batch(torch.ones(1, 3, dtype=torch.long)), [0]).context.shape == (1, 3, 32)
 
@@ -137,7 +139,7 @@ def test_an_unknown_family_that_the_adapter_understands_works_with_a_note(caplog
 )
 def test_an_unknown_family_that_the_adapter_does_not_understand_is_refused(model, message):
     with pytest.raises(ConfigError, match=message):
-        Target(model, "tiny")
+        probe_family(Target(model, "tiny"))
 
 
 def test_folder_without_a_model_is_named(tmp_path):

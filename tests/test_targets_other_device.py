@@ -11,8 +11,9 @@ from conftest import token_batch
 from family_world import family_config
 from transformers import AutoModelForCausalLM
 
-from deepspec.decoding.cache import SlotCache, Span
+from deepspec.decoding.cache import SlotCache
 from deepspec.decoding.passes import target_pass
+from deepspec.decoding.span import Span
 from deepspec.targets import Target
 
 META = torch.device("meta")

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from deepspec.decoding.cache import Span
+from deepspec.decoding.span import Span
 from deepspec.targets.attention import current_layout, grouped_attention
 
 SLOTS = "deepspec_slots"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepspec.config import ConfigError, near_match
-from deepspec.decoding.cache import SlotCache, Span
+from deepspec.decoding.cache import SlotCache
 from deepspec.decoding.graphs import Graphs, ladder, next_size
 from deepspec.decoding.memory import check_memory
 from deepspec.decoding.passes import target_pass
@@ -29,6 +29,7 @@ from deepspec.decoding.requests import Completion, Request, Timing
 from deepspec.decoding.rounds import Batch, Outcome, Rounds, all_finite
 from deepspec.decoding.rows import Row
 from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw
+from deepspec.decoding.span import Span
 from deepspec.decoding.stopping import Decode, StopCondition
 from deepspec.decoding.verification import VERIFICATION_RULES
 from deepspec.targets import Target

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deepspec.decoding.cache import Span
 from deepspec.decoding.proposers import Proposal
 from deepspec.decoding.sampling import SamplingSettings
+from deepspec.decoding.span import Span
 
 
 class LookupProposer:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from deepspec.decoding.attention import SLOTS
-from deepspec.decoding.cache import SlotCache, Span
+from deepspec.decoding.cache import SlotCache
 from deepspec.decoding.proposers import Proposer
+from deepspec.decoding.span import Span
 from deepspec.targets import Target, attend_with
 
 

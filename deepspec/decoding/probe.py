@@ -7,8 +7,9 @@ from torch import Tensor
 
 from deepspec.config import ConfigError
 from deepspec.data.packing import Document, TokenBatch
-from deepspec.decoding.cache import SlotCache, Span
+from deepspec.decoding.cache import SlotCache
 from deepspec.decoding.passes import target_pass
+from deepspec.decoding.span import Span
 from deepspec.targets import Target
 from deepspec.targets.adapters import TESTED_FAMILIES
 

@@ -23,11 +23,12 @@ from rich.table import Table
 
 from deepspec.arguments import run_command
 from deepspec.config import CHOICES, ConfigError, near_match
-from deepspec.decoding.cache import SlotCache, Span
+from deepspec.decoding.cache import SlotCache
 from deepspec.decoding.passes import target_pass
 from deepspec.decoding.proposers import DSparkProposer, Proposer
 from deepspec.decoding.requests import Request
 from deepspec.decoding.sampling import SamplingSettings
+from deepspec.decoding.span import Span
 from deepspec.decoding.sps import SPS_FILE, smooth, smoothing_report
 from deepspec.drafts import load_draft
 from deepspec.drafts.loading import find_draft_folder, read_draft_config

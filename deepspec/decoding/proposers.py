@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from deepspec.config import ConfigError
-from deepspec.decoding.cache import KeyValueStore, Span
+from deepspec.decoding.cache import KeyValueStore
 from deepspec.decoding.sampling import SamplingSettings, draw
+from deepspec.decoding.span import Span
 from deepspec.drafts import DSparkModel
 from deepspec.drafts.families import head_dim_of
 from deepspec.drafts.heads import MarkovHead

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from deepspec.decoding.span import Span
 from deepspec.targets import Target
 from deepspec.targets.layers import RecurrentMixer, StateName
-
-if TYPE_CHECKING:
-    from deepspec.decoding.cache import Span
 
 States = dict[StateName, Tensor]
 

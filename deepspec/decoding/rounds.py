@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deepspec.decoding.cache import SlotCache, Span
+from deepspec.decoding.cache import SlotCache
 from deepspec.decoding.graphs import Graphs, Tensors, ladder, next_size
 from deepspec.decoding.passes import target_pass
 from deepspec.decoding.policies import Policy
 from deepspec.decoding.proposers import Proposal, Proposer
 from deepspec.decoding.sampling import SamplingSettings, draw, probabilities
+from deepspec.decoding.span import Span
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, verify_greedy
 from deepspec.kernels.dispatch import runs_in_triton
 from deepspec.kernels.rejection import verify_logits

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from deepspec.config import ConfigError
 from deepspec.targets.adapters import TargetAdapter, adapter_for
+from deepspec.targets.probe import probe_family
 from deepspec.targets.quantised import explain_failure, make_ends_plain, quantisation_method
 from deepspec.targets.source import (
     dtype_name,
@@ -49,7 +50,8 @@ def load_target(
 
     Raises:
         FileNotFoundError: no such model, or a weight file is missing.
-        ConfigError: what lies there is no causal language model that can be loaded; with what to do.
+        ConfigError: what lies there is no causal language model that can be loaded, or one of an unknown family that
+            the probe refuses, see `probe_family`; with what to do.
     """
     if isinstance(dtype, str):
         dtype = resolve_dtype(dtype, path, revision=revision, gguf_file=gguf_file)
@@ -60,7 +62,9 @@ def load_target(
     model = _load_model(path, config, adapter, revision, gguf_file, dtype, placement)
     _check_placement(model, device_map)
     _prepare_quantised(path, model, adapter, dtype)
-    return Target(model, shown_name(path, gguf_file), revision, fingerprint=weights.fingerprint)
+    target = Target(model, shown_name(path, gguf_file), revision, fingerprint=weights.fingerprint)
+    probe_family(target)
+    return target
 
 
 def _load_model(

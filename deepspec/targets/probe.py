@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from deepspec.config import ConfigError
 from deepspec.data.packing import Document, TokenBatch
-
-if TYPE_CHECKING:
-    from deepspec.targets.target import Target
+from deepspec.targets.adapters import TESTED_FAMILIES
+from deepspec.targets.target import Target
 
 logger = logging.getLogger(__name__)
 TOKENS = 6  # of a probed document
@@ -20,11 +18,13 @@ TOKENS = 6  # of a probed document
 
 @torch.no_grad()
 def probe_family(target: Target) -> None:
-    """Compare captured layers, head and packed documents with what Transformers computes.
+    """Compare captured layers, head and packed documents of an unknown family with what Transformers computes.
 
     Raises:
         ConfigError: they differ; says in what, and which method of the adapter to write.
     """
+    if target.config.model_type in TESTED_FAMILIES:
+        return
     ids = torch.arange(1, 2 * TOKENS + 1, device=target.device).view(2, TOKENS) % target.vocab_size
     layer_ids = list(range(-1, target.num_layers - 1))
     try:

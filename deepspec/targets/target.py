@@ -13,12 +13,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from deepspec.data.packing import TokenBatch, one_document_a_row
-from deepspec.targets.adapters import TESTED_FAMILIES, adapter_for
+from deepspec.targets.adapters import adapter_for
 from deepspec.targets.attention import DOCUMENTS, attend_with
 from deepspec.targets.capture import capture_layers
 from deepspec.targets.fingerprint import fingerprint_of
 from deepspec.targets.layers import LayerMemory, cache_argument, inspect_layers
-from deepspec.targets.probe import probe_family
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,6 @@ class Target:
     def __init__(
         self, model: PreTrainedModel, name_or_path: str, revision: str | None = None, fingerprint: str | None = None
     ):
-        """
-        Raises:
-            ConfigError: a family that the tests do not know, and the probe of it failed, see `probe_family`.
-        """
         self.adapter = adapter_for(model.config)
         self.model = model.eval().requires_grad_(False)
         self._decoder = self.adapter.decoder(model)
@@ -51,8 +46,6 @@ class Target:
         self.final_logit_softcapping = self.adapter.final_logit_softcapping(self.config)
         self.cache_argument = cache_argument(self._decoder)
         self._fingerprint = fingerprint  # of the files; None = that of the weights in memory
-        if self.config.model_type not in TESTED_FAMILIES:
-            probe_family(self)
 
     @property
     def vocab_size(self) -> int:
