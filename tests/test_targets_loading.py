@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Bert
 import deepspec.targets.loading as loading
 import deepspec.targets.source as source
 from deepspec.config import ConfigError, EvalRun, TrainRun, validate
+from deepspec.evaluation.plan import stop_tokens
 from deepspec.targets import (
     ADAPTERS,
     Target,
@@ -308,6 +310,7 @@ def write_gguf(folder: Path, *, tied: bool) -> str:
         (writer.add_head_count_kv, 2),
         (writer.add_layer_norm_rms_eps, 1e-5),
         (writer.add_vocab_size, 60),
+        (writer.add_eos_token_id, 7),
     ):
         add(value)
     random = np.random.default_rng(0)
@@ -344,6 +347,7 @@ def test_gguf_file(tmp_path, tied):
     assert whole.features(token_batch(torch.randint(60, (2, 7))), [0]).final.isfinite().all()
     assert resolve_dtype("auto", str(tmp_path), **named) == torch.bfloat16
     assert load_target_config(str(tmp_path), gguf_file="tiny.gguf").num_hidden_layers == 2
+    assert stop_tokens(str(tmp_path), None, SimpleNamespace(eos_token_id=5), "tiny.gguf") == (5, 7)
 
 
 def test_cut_gguf_file(tmp_path):
