@@ -9,7 +9,9 @@ from family_world import FAMILIES, HYBRIDS, WRAPPERS, tiny_model
 
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
 from deepspec.decoding.cache import SlotCache
+from deepspec.decoding.passes import target_pass
 from deepspec.decoding.policies import ConfidenceThreshold, PolicySetup, build_policy
+from deepspec.decoding.span import Span
 from deepspec.decoding.sps import SpsTable
 from deepspec.targets import Target
 
@@ -101,6 +103,28 @@ def test_states_of_hybrids_under_verification_lengths_that_vary(hybrid, policy, 
 def test_states_of_hybrids_on_the_fixed_buffers_of_graphs(hybrid, wrong_every):
     outputs, _ = hybrid.decode(hybrid.replay(wrong_every), 5, graphs=True)
     assert outputs == hybrid.expected
+
+
+@torch.no_grad()
+def test_a_verify_pass_of_a_hybrid_is_as_many_single_steps(hybrid):
+    """Transformers computes the two by different code, and of Mamba-2 layers once did not by the same formula."""
+    target, ids = hybrid.target, torch.arange(1, 9)
+
+    def states(counts: list[int], *, is_certain: bool) -> torch.Tensor:
+        cache, start, found = SlotCache(target, 1, 16, 4), 0, []
+        cache.begin([0])
+        for number, count in enumerate([4, *counts]):  # the prompt first
+            span = Span.of(range(1), [start], [count], target.device)
+            certain = is_certain or number == 0
+            found.append(target_pass(target, None, cache, span, ids[start : start + count], is_certain=certain))
+            if not certain:
+                cache.keep({0: count}, count)
+            start += count
+        return torch.cat(found)
+
+    expected = states([1, 1, 1, 1], is_certain=True)
+    found = states([4], is_certain=False)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_memory_of_a_hybrid_state(hybrid):

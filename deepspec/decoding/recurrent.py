@@ -12,7 +12,7 @@ A pass whose tokens are all kept, a prompt or a plain step, moves the state on i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -54,16 +54,14 @@ class RecurrentStates:
     @contextmanager
     def during(self, span: Span, *, is_certain: bool) -> Iterator[None]:
         """Within the block, mixers get one row a slot of `span` and the states of these slots."""
-        handles = []
-        for layer, mixer in self._mixers.items():
-            enter, leave = self._hooks(layer, span, is_certain=is_certain)
-            handles.append(mixer.module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(mixer.module.register_forward_hook(leave))
-        try:
+        with ExitStack() as exits:
+            for layer, mixer in self._mixers.items():
+                enter, leave = self._hooks(layer, span, is_certain=is_certain)
+                exits.callback(mixer.module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                exits.callback(mixer.module.register_forward_hook(leave).remove)
+                if not is_certain:
+                    exits.enter_context(mixer.as_single_steps())
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def keep(self, kept: Mapping[int, int], longest: int) -> None:
         """Move the states of these slots on over the first so many tokens of the last pass, which was not certain.
@@ -80,7 +78,8 @@ class RecurrentStates:
                     self._running = {name: state[slots] for name, state in self._behind[layer].items()}
                 else:
                     self._running = {name: state[slots] for name, state in self._before[layer].items()}
-                    mixer(self._read[layer][slots, :count], self._cache)
+                    with mixer.as_single_steps():
+                        mixer(self._read[layer][slots, :count], self._cache)
                 self._store(layer, slots)
 
     def move(self, source: int, destination: int) -> None:

@@ -7,7 +7,9 @@ config has to be understood.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +51,7 @@ class State:
 class RecurrentMixer:
     """The module of a layer that carries a state over a row: convolution, delta net, Mamba."""
 
-    module: nn.Module
+    module: Any
     states: dict[StateName, State] = field(default_factory=dict)
 
     @property
@@ -60,6 +62,23 @@ class RecurrentMixer:
     def __call__(self, hidden: Tensor, cache: Cache) -> Tensor:
         """[rows, tokens, hidden] -> the same; reads and moves on the states that `cache` hands out."""
         return self.module(hidden, **{cache_argument(self.module): cache})
+
+    @contextmanager
+    def as_single_steps(self) -> Iterator[None]:
+        """Within the block, a pass of several tokens computes what as many single steps would.
+
+        Transformers keeps the time step of Nemotron-H's Mamba-2 layers above a limit in passes of several tokens and
+        not in single steps, of which plain decoding is made.
+        """
+        limited = getattr(self.module, "time_step_limit", None)
+        if limited is None:
+            yield
+            return
+        self.module.time_step_limit = (0.0, math.inf)
+        try:
+            yield
+        finally:
+            self.module.time_step_limit = limited
 
 
 def cache_argument(module: nn.Module) -> str:
