@@ -22,7 +22,10 @@ from deepspec.training.finite import NotFiniteError
 
 Options = TypeVar("Options")
 # What a command answers with its message alone, without a traceback: the message says what to do.
-USER_MISTAKES = (ConfigError, DataError, CheckpointError, FileNotFoundError, LostRankError, NotFiniteError)
+USER_MISTAKES = (
+    *(ConfigError, DataError, CheckpointError, LostRankError, NotFiniteError),
+    *(FileNotFoundError, NotADirectoryError, FileExistsError, PermissionError),  # of folders that cannot be made
+)
 # Seconds. When one rank ends, the launcher ends the others within a tenth of a second: who waits lets another speak.
 WAIT_FOR_FIRST_RANK, WAIT_FOR_LOST_RANK = 3.0, 10.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import typing
@@ -22,6 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from deepspec.arguments import USER_MISTAKES, answer_mistakes
 from deepspec.config import ConfigError, EvalRun, TrainRun, near_match, validate
+from deepspec.ranks import local_rank
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = TypeVar("Run", bound=TrainRun | EvalRun)
@@ -52,6 +56,8 @@ def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             run.output_dir = HydraConfig.get().runtime.output_dir
         validate(run)
+        if isinstance(run, TrainRun) and not local_rank():
+            _note_recipe(run, HydraConfig.get().runtime.choices.get("recipes"))
         return run
 
     def answer() -> AbstractContextManager[None]:
@@ -95,6 +101,17 @@ def _typed_values(overrides: Sequence[str]) -> dict[str, Any]:
         else:
             values[override.key_or_group] = value
     return values
+
+
+def _note_recipe(run: TrainRun, recipe: str | None) -> None:
+    """Another target under the default recipe gets layers, ranks and steps that were chosen for the built-in one."""
+    if recipe is not None and recipe.startswith("smoke") and run.target.path != "builtin":
+        logger.warning(
+            "recipes=%s is made for the built-in target, and its draft.* and train.* are used for %s; for any target there "
+            "is recipes=dspark",
+            recipe,
+            run.target.path,
+        )
 
 
 def explain(error: Exception, schema: type) -> str:

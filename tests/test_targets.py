@@ -8,8 +8,12 @@ from conftest import token_batch
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PhimoeConfig,
+    PhimoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     RwkvConfig,
@@ -20,6 +24,7 @@ from transformers import (
 
 from deepspec.config import ConfigError
 from deepspec.data.packing import Sample, lay_out
+from deepspec.decoding import check_decodable
 from deepspec.features import OnlineFeatures
 from deepspec.targets import Target, load_target, load_target_config
 from deepspec.targets.probe import probe_family
@@ -133,6 +138,8 @@ def test_an_unknown_family_that_the_adapter_understands_works_with_a_note(caplog
             RwkvForCausalLM(RwkvConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)),
             "has none of layers, h: write",
         ),
+        # Its window is in the mask that its attention gets, and nowhere else.
+        (PhimoeForCausalLM(PhimoeConfig(**SIZES | {"sliding_window": 6, "num_local_experts": 2})), "by a mask alone"),
         # Its attention adds a bias that ours would leave out.
         (BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)), "captured layers differ"),
     ],
@@ -145,3 +152,23 @@ def test_an_unknown_family_that_the_adapter_does_not_understand_is_refused(model
 def test_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
         load_target_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_probe_in_half_precision_is_neither_blind_nor_too_strict(dtype):
+    """A state that leaks from document to document differs by the size of the states, rounding by a few hundredths."""
+    torch.manual_seed(0)
+    known = StableLmForCausalLM(StableLmConfig(**SIZES | {"use_qkv_bias": True}))
+    probe_family(Target(known.to(dtype), "tiny"))
+    leaking = JambaForCausalLM(
+        JambaConfig(
+            **SIZES | {"num_experts": 1, "mamba_d_state": 4, "initializer_range": 0.3, "use_mamba_kernels": False}
+        )
+    )
+    with pytest.raises(ConfigError, match="jamba"):
+        refuse_what_does_not_fit(Target(leaking.to(dtype), "tiny"))
+
+
+def refuse_what_does_not_fit(target: Target) -> None:
+    probe_family(target)
+    check_decodable(target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -30,8 +29,7 @@ from deepspec.targets import (
     resolve_dtype,
     resolve_path,
 )
-
-MEBIBYTE = 2**20
+from deepspec.targets.weights import open_weights
 
 
 @dataclass(frozen=True)
@@ -229,15 +227,11 @@ def _generation_config(path: str, revision: str | None, gguf_file: str | None) -
 
 
 def target_identity(config: EvalRun) -> list[Any]:
-    """Tells targets apart without reading all of them: sizes, beginnings and ends of a local folder's weight files."""
+    """Tells targets apart: the name, and of a local folder the fingerprint of its weights and what its config says."""
     target = config.target
     folder = Path(resolve_path(target.path, target.gguf_file))
     identity: list[Any] = [target.path, target.revision, *([target.gguf_file] if target.gguf_file else [])]
-    patterns = [target.gguf_file] if target.gguf_file else ["*.safetensors", "pytorch_model*.bin"]
-    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)) if folder.is_dir() else []:
-        with file.open("rb") as content:
-            digest = hashlib.sha256(content.read(MEBIBYTE))
-            content.seek(max(0, file.stat().st_size - MEBIBYTE))
-            digest.update(content.read())
-        identity.append([file.name, file.stat().st_size, digest.hexdigest()])
+    if folder.is_dir():
+        identity.append(open_weights(target.path, target.revision, target.gguf_file).fingerprint)
+        identity += [sha256_of(file) for file in (folder / "config.json",) if file.is_file()]
     return identity

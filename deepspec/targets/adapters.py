@@ -90,7 +90,7 @@ class TargetAdapter:
         return found
 
 
-@register_adapter("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text")
+@register_adapter("gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "vaultgemma")
 class GemmaAdapter(TargetAdapter):
     @staticmethod
     def embedding_scale(config: PreTrainedConfig) -> float:

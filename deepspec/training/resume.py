@@ -107,6 +107,12 @@ def _decide(config: TrainRun, accelerator: Accelerator) -> Start:
     state = read_trainer_state(checkpoint)
     _check_same_run(config, state, checkpoint)
     _note_other_layout(config, accelerator, state, checkpoint)
+    if config.train.start_from is not None:
+        logger.warning(
+            "train.start_from=%s counts at the beginning of a run alone: this one goes on from %s",
+            config.train.start_from,
+            checkpoint,
+        )
     return Start(checkpoint, state["step"], finished=_steps_of_whole_run(config, state) <= state["step"])
 
 
