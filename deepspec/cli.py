@@ -107,8 +107,8 @@ def _note_recipe(run: TrainRun, recipe: str | None) -> None:
     """Another target under the default recipe gets layers, ranks and steps that were chosen for the built-in one."""
     if recipe is not None and recipe.startswith("smoke") and run.target.path != "builtin":
         logger.warning(
-            "recipes=%s is made for the built-in target, and its draft.* and train.* are used for %s; for any target there "
-            "is recipes=dspark",
+            "recipes=%s is made for the built-in target, and its draft.* and train.* are used for %s: any other target "
+            "has recipes=dspark",
             recipe,
             run.target.path,
         )

@@ -66,7 +66,7 @@ def test_a_draft_that_is_always_wrong_changes_nothing(case, slots):
 def test_a_draft_that_is_right_or_mostly_right_changes_nothing(case, slots):
     outputs, rounds = case.decode(case.replay(wrong_every=4), slots)
     assert outputs == case.expected
-    assert {r.accepted < r.proposed for r in rounds if r.accepted} == {True}
+    assert any(0 < r.accepted < r.proposed for r in rounds)
     outputs, rounds = case.decode(case.replay(wrong_every=10**6), slots)
     assert outputs == case.expected
     assert all(r.accepted == BLOCK for r in rounds)
