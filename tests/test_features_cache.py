@@ -8,11 +8,11 @@ import shutil
 import pytest
 from cache_world import as_cache_run, cached_run, contents, write_cache
 from training_world import draft_weights, tiny_run
+from transformers import AutoModelForCausalLM
 
 from data_prep.cache import repair, verify
 from deepspec.features.cache_format import CacheError, shard_file
 from deepspec.files import unfinished_name
-from deepspec.targets import target as target_module
 from deepspec.training import train
 
 pytestmark = pytest.mark.usefixtures("in_temporary_folder")
@@ -31,7 +31,7 @@ def cache(training_world, in_temporary_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("split", [{}, {"tokens_per_batch": 128}], ids=["padded", "packed"])
 def test_float32_trains_like_online_and_loads_no_target(training_world, cache, online, tmp_path, monkeypatch, split):
-    monkeypatch.setattr(target_module.AutoModelForCausalLM, "from_pretrained", None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     result = train(cached_run(training_world, cache, tmp_path / "run", **split))
     assert result.metrics["loss"] == pytest.approx(online.metrics["loss"], rel=1e-5)
     assert result.metrics["eval/loss"] == pytest.approx(online.metrics["eval/loss"], rel=1e-5)

@@ -240,10 +240,11 @@ def test_the_command_line_gives_up_with_one_message(server, training_world, tmp_
     """train.py, whose only server dies after the second step."""
     features = {"retry_for": 0.5, "timeout": 5.0}
     config = served(training_world, tmp_path / "run", server, features=features, steps=100_000)
+    settings = {key: value for key, value in flatten(config).items() if key != "train.epochs"}  # steps are given
     command = [
         sys.executable,
         str(ROOT / "train.py"),
-        *(f"{key}={json.dumps(value)}" for key, value in flatten(config).items()),
+        *(f"{key}={json.dumps(value)}" for key, value in settings.items()),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
