@@ -44,6 +44,21 @@ def random_draft(target: Target, *, seed: int = 1, scale: float = 0.3, **changes
     return draft
 
 
+def generated(target, prompt: list[int], new_tokens: int, **options) -> list[int]:
+    """What `generate` of Transformers says greedily."""
+    ids = torch.tensor([prompt])
+    output = target.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        **options,
+    )
+    return output[0, len(prompt) :].tolist()
+
+
 class Replay(LookupProposer):
     """A proposer of greedy rows that knows what they will say, but gets every `wrong_every`-th position wrong."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding_world import Replay, random_draft
+from decoding_world import Replay, generated, random_draft
 from family_world import FAMILIES, HYBRIDS, WRAPPERS, tiny_model
 
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
@@ -26,19 +26,7 @@ class Case:
         self.target = Target(tiny_model(family), family)
         ids = torch.randint(1, 67, (sum(LENGTHS),), generator=torch.Generator().manual_seed(0)).split(LENGTHS)
         self.prompts = [prompt.tolist() for prompt in ids]
-        self.expected = [self._generated(prompt) for prompt in self.prompts]
-
-    def _generated(self, prompt: list[int]) -> list[int]:
-        ids = torch.tensor([prompt])
-        output = self.target.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        return output[0, len(prompt) :].tolist()
+        self.expected = [generated(self.target, prompt, NEW_TOKENS) for prompt in self.prompts]
 
     def replay(self, wrong_every: int) -> Replay:
         return Replay(self.prompts, self.expected, BLOCK, wrong_every)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import GOLDENS
-from decoding_world import Replay, random_draft, random_target
+from decoding_world import Replay, generated, random_draft, random_target
 
 from deepspec import load_draft
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
@@ -29,20 +29,6 @@ def case(request, golden_target):
     prompts = [torch.randint(0, target.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     requests = [Request(prompt, new_tokens) for prompt in prompts]
     return target, draft, requests, [generated(target, prompt, new_tokens) for prompt in prompts]
-
-
-def generated(target, prompt: list[int], new_tokens: int, **options) -> list[int]:
-    ids = torch.tensor([prompt])
-    output = target.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-        **options,
-    )
-    return output[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("slots", [1, 3, 8])

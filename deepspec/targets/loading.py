@@ -24,6 +24,7 @@ from deepspec.targets.source import (
 )
 from deepspec.targets.target import Target
 from deepspec.targets.weights import open_weights
+from deepspec.text import some
 
 logger = logging.getLogger(__name__)
 
@@ -123,16 +124,11 @@ def _check_report(path: str, model: PreTrainedModel, adapter: type[TargetAdapter
     for what, names in problems.items():
         if names:
             raise ConfigError(
-                f"target.path={path}: {what}: {_some(names)}; its config.json and weight files do not belong together, "
-                "copy or download them again (adapters are merged into the model first)"
+                f"target.path={path}: {what}: {some(names, 3)}; its config.json and weight files do not belong "
+                "together, copy or download them again (adapters are merged into the model first)"
             )
     if unknown:
-        logger.warning("target.path=%s: weights that the model does not use: %s", path, _some(unknown))
-
-
-def _some(names: list[str], shown: int = 3) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+        logger.warning("target.path=%s: weights that the model does not use: %s", path, some(unknown, 3))
 
 
 def _check_placement(model: PreTrainedModel, device_map: Any) -> None:
