@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,23 @@ def render_conversation(
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template_options: Mapping[str, Any] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    template_options: Mapping[str, Any] | None = None,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    system_prompt: str | None = None,
 ) -> list[int]:
-    """Render the turns so far, followed by the opening of the assistant's next turn. Returns token ids."""
-    return _apply_template(tokenizer, messages, template_options, add_generation_prompt=True)["input_ids"]
+    """Render the turns so far, followed by the opening of the assistant's next turn. Returns token ids.
+
+    Args:
+        tools: functions that the assistant may call.
+        system_prompt: goes first where the messages have no system message.
+    """
+    if system_prompt is not None and not any(message.get("role") == "system" for message in messages):
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    options = {**(template_options or {}), **({"tools": list(tools)} if tools else {})}
+    return _apply_template(tokenizer, messages, options, add_generation_prompt=True)["input_ids"]
 
 
 def _apply_template(
