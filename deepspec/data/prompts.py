@@ -7,6 +7,7 @@ from typing import Any
 
 from deepspec.data.conversation import Message
 from deepspec.data.jsonl import DataError
+from deepspec.data.turns import find_lone_surrogate, messages_of, tools_of
 
 ORIGINALS = ("question", "problem", "prompt", "instruction", "question_content", "task_id")  # keys of public sets
 ASKING = ("user", "tool")  # roles of messages that the model answers
@@ -27,7 +28,15 @@ class PromptRow:
     @property
     def first_turn(self) -> str:
         """The text that the first answer is to."""
-        return str(self.given[0][-1]["content"])
+        return text_of(self.given[0][-1])
+
+
+def text_of(message: Message) -> str:
+    """What a message says; of a list of parts, the texts."""
+    content = message["content"]
+    if isinstance(content, list):
+        return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
+    return str(content)
 
 
 def read_prompt(row: dict[str, Any], place: str) -> PromptRow:
@@ -50,7 +59,9 @@ def read_prompt(row: dict[str, Any], place: str) -> PromptRow:
     else:
         raise DataError(f"{place}: expected {EXPECTED}; found the keys {sorted(row)}{_hint(row)}")
     given[0] = [*_system_message(row.get("system"), given[0], place), *given[0]]
-    return PromptRow(given, _checked_tools(row.get("tools"), place))
+    if key := find_lone_surrogate("row", row):
+        raise DataError(f"{place}: {key}: half of a surrogate pair (like \\ud83d), which no tokenizer can encode")
+    return PromptRow(given, tools_of(place, "tools", row.get("tools")))
 
 
 def _hint(row: dict[str, Any]) -> str:
@@ -75,14 +86,11 @@ def _checked_text(text: Any, what: str) -> str:
 
 
 def _checked_messages(messages: Any, place: str) -> list[Message]:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: expected a non-empty list under 'messages', found {messages!r:.80}")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise DataError(f"{place}: message {number} needs a string under 'role', found {message!r:.80}")
-        if message["role"] in ("system", "user"):
-            _checked_text(message.get("content"), f"{place}: message {number}, of the {message['role']},")
-    return messages
+    checked = messages_of(place, "messages", messages)
+    for number, message in enumerate(checked):
+        if message["role"] in ("system", "user") and not isinstance(message["content"], list):
+            _checked_text(message["content"], f"{place}: messages[{number}] ({message['role']})")
+    return checked
 
 
 def _split_at_answers(messages: list[Message], place: str) -> list[list[Message]]:
@@ -107,11 +115,3 @@ def _system_message(system: Any, first: list[Message], place: str) -> list[Messa
     if any(message["role"] == "system" for message in first):
         raise DataError(f"{place}: a system prompt under 'system' and another among the messages; keep one")
     return [{"role": "system", "content": _checked_text(system, f"{place}: 'system'")}]
-
-
-def _checked_tools(tools: Any, place: str) -> list[dict[str, Any]] | None:
-    if tools is None:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{place}: 'tools' must be a list of functions as JSON objects, found {tools!r:.80}")
-    return tools or None
