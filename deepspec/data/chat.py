@@ -338,12 +338,22 @@ class _Turn:
         )
 
 
+def without_half_pairs(text: str) -> str:
+    """With U+FFFD for every half of a surrogate pair."""
+    return SURROGATE.sub("\ufffd", text)
+
+
+def has_half_pairs(sample: Sample) -> bool:
+    """Whether half of a surrogate pair is replaced when the sample is tokenized."""
+    return any(SURROGATE.search(text) for text, _ in sample)
+
+
 def tokenize(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[Rendered]:
     """Token ids and loss mask of samples.
 
     No token holds text of two pieces: where the target writes an answer, the prompt is tokenized by then.
     """
-    pieces = [[(SURROGATE.sub("\ufffd", text), written) for text, written in sample if text] for sample in samples]
+    pieces = [[(without_half_pairs(text), written) for text, written in sample if text] for sample in samples]
     if not tokenizer.is_fast:
         return [_tokenized_apart(tokenizer, sample) for sample in pieces]
     texts = ["".join(text for text, _ in sample) for sample in pieces]

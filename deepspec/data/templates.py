@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise, product
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from deepspec.data.conversation import Message
 
-Tools = Sequence[Mapping[str, Any]] | None
+Tools = Sequence[dict[str, Any]] | None
 Span = tuple[int, int]  # first character, one behind the last
 
 MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|〈[^〈〉\s]+〉")  # how templates write control tokens
@@ -139,33 +139,29 @@ class ChatTemplate:
         self, messages: Sequence[Message], tools: Tools, *, is_prompt: bool = False, with_spans: bool = False
     ) -> tuple[str, list[Span]]:
         options = {**self.tokenizer.special_tokens_map, "add_generation_prompt": is_prompt, **self.options}
-        source = self.source(tools)
+        render = partial(
+            render_jinja_template,
+            [list(messages)],
+            chat_template=self.source(tools),
+            return_assistant_tokens_mask=with_spans,
+            **options,
+        )
+        rendered: Any  # the texts, and of each what the markers enclose
         try:
             try:
-                texts, spans = render_jinja_template(
-                    [list(messages)],
-                    tools=list(tools) if tools else None,
-                    chat_template=source,
-                    return_assistant_tokens_mask=with_spans,
-                    **options,
-                )
+                rendered = render(tools=list(tools) if tools else None)
             except (TypeError, jinja2.UndefinedError):  # some loop over the tools without asking whether there are any
                 if tools:
                     raise
-                texts, spans = render_jinja_template(
-                    [list(messages)],
-                    tools=[],
-                    chat_template=source,
-                    return_assistant_tokens_mask=with_spans,
-                    **options,
-                )
+                rendered = render(tools=[])
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(f"the chat template is no valid Jinja: line {error.lineno}, {error.message}") from error
         except (jinja2.UndefinedError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise TemplateError(f"the chat template cannot render it: {error}") from error
         except (jinja2.TemplateError, ValueError) as error:
             raise TemplateError(f'the chat template refuses it: "{error}"') from error
-        return texts[0], [(first, last) for first, last in spans[0]] if with_spans else []
+        texts, spans = rendered
+        return texts[0], list(spans[0]) if with_spans else []
 
     @cached_property
     def ending(self) -> Ending:
@@ -246,11 +242,13 @@ def _plain(number: int, message: Message) -> Message:
     kept = {key: value for key, value in message.items() if key not in OURS}
     content = kept.setdefault("content", None)
     if isinstance(content, list):
-        texts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        for part, text in zip(content, texts, strict=True):
+        texts: list[str] = []
+        for part in content:
+            text = part.get("text") if isinstance(part, dict) else part
             if not isinstance(text, str):
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 raise TemplateError(f"message {number} has a content part of type {kind!r}: only text can be learned")
+            texts.append(text)
         kept["content"] = "".join(texts)
     return kept
 

@@ -20,7 +20,6 @@ from deepspec.features.cache_format import (
     MANIFEST,
     CacheError,
     Manifest,
-    Rendering,
     checksum,
     document_key,
     read_manifest,
@@ -50,7 +49,7 @@ class CachedFeatures:
         target_fingerprint: str,
         target_dtype: str,
         layer_ids: Sequence[int],
-        rendering: Rendering,
+        rendering: CachedRendering,
         device: torch.device,
     ):
         """
