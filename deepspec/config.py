@@ -139,7 +139,8 @@ class DecodeConfig:
 @dataclass
 class EvalConfig:
     sets: list[str] = field(default_factory=list)  # names of JSONL files in prompts_dir, without the ending
-    prompts_dir: str = "outputs/corpus/prompts"  # where the sets lie: one {"turns": [...]} a line
+    prompts_dir: str = "outputs/corpus/prompts"  # where the sets lie: one {"turns": [...], "system"?, "tools"?} a line
+    first_turn_only: bool = False  # of prompts with several turns only the first is decoded, as published numbers are
     limit: int | None = 500  # prompts per set
     temperatures: list[float] = field(default_factory=lambda: [1.0])
     allow_other_target: bool = False  # measure on a target of other weights than the draft was trained for

@@ -31,6 +31,9 @@ from deepspec.targets import (
 )
 from deepspec.targets.weights import open_weights
 
+# An answer may take more tokens in a later prompt than were decoded: so many for each, and in all.
+RENDERED_AGAIN, RENDERED_MORE = 1.25, 32
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -40,12 +43,15 @@ class Chunk:
     temperature: float
     start: int  # place of the first one among those of the set that are decoded
     prompts: Sequence[Prompt]
+    max_length: int | None = None  # decode.max_length, which decides what later turns are too long
 
     @property
     def key(self) -> Key:
         """As of its `Record`."""
-        digest = digest_of([prompt.ids for prompt in self.prompts])
-        return (self.set_name, self.temperature, self.start, digest)
+        identities: list[Any] = [prompt.ids for prompt in self.prompts]
+        if any(prompt.later for prompt in self.prompts):
+            identities.append([[prompt.later for prompt in self.prompts], self.max_length])
+        return (self.set_name, self.temperature, self.start, digest_of(identities))
 
 
 @dataclass(frozen=True)
@@ -98,13 +104,14 @@ def make_plan(config: EvalRun) -> Plan:
             tokenizer,
             limit=config.eval.limit,
             template_options=options.template_options,
+            first_turn_only=config.eval.first_turn_only,
         )
         for name in dict.fromkeys(config.eval.sets)
     }
     prompts = {name: _that_fit(of_set, name, config, positions, settings.block_size) for name, of_set in listed.items()}
     size = config.decode.batch_size
     chunks = [
-        Chunk(name, temperature, start, of_set[start : start + size])
+        Chunk(name, temperature, start, of_set[start : start + size], config.decode.max_length)
         for temperature in dict.fromkeys(config.eval.temperatures)
         for name, of_set in prompts.items()
         for start in range(0, len(of_set), size)
@@ -125,7 +132,9 @@ def make_plan(config: EvalRun) -> Plan:
         stops,
         positions,
         config.decode.max_length
-        or max(_needed(prompt, config, positions, settings.block_size) for of in prompts.values() for prompt in of),
+        or max(
+            _slot_length(prompt, config, positions, settings.block_size) for of in prompts.values() for prompt in of
+        ),
         dtype,
         digest_of([weights, target_identity(config), dtype_name(dtype), decoding, config.seed, stops]),
     )
@@ -158,14 +167,29 @@ def _policy_setup(config: EvalRun, settings: DraftSettings, draft_folder: Path) 
     )
 
 
-def new_tokens(prompt: Prompt, max_new_tokens: int, positions: int) -> int:
+def new_tokens(prompt_ids: Sequence[int], max_new_tokens: int, positions: int) -> int:
     """How many tokens may follow a prompt: `max_new_tokens`, or fewer where the target's positions end before."""
-    return min(max_new_tokens, positions - len(prompt.ids))
+    return min(max_new_tokens, positions - len(prompt_ids))
 
 
-def _needed(prompt: Prompt, config: EvalRun, positions: int, block_size: int) -> int:
+def _needed(prompt_ids: Sequence[int], config: EvalRun, positions: int, block_size: int) -> int:
     """Positions of a slot: the prompt, its answer and a block."""
-    return len(prompt.ids) + new_tokens(prompt, config.decode.max_new_tokens, positions) + block_size
+    return len(prompt_ids) + new_tokens(prompt_ids, config.decode.max_new_tokens, positions) + block_size
+
+
+def fits(prompt_ids: Sequence[int], config: EvalRun, positions: int, max_length: int, block_size: int) -> bool:
+    """Whether the target reads a prompt with room for an answer, and a slot of `max_length` positions holds both."""
+    return len(prompt_ids) < positions and _needed(prompt_ids, config, positions, block_size) <= max_length
+
+
+def _slot_length(prompt: Prompt, config: EvalRun, positions: int, block_size: int) -> int:
+    """Positions that all turns of a prompt need, if each answer is as long as it may be."""
+    if prompt.later is None:
+        return _needed(prompt.ids, config, positions, block_size)
+    answers = len(prompt.given) - 1
+    without_answers = len(prompt.ids_after([""] * answers))
+    longest = without_answers + answers * (int(config.decode.max_new_tokens * RENDERED_AGAIN) + RENDERED_MORE)
+    return min(longest + config.decode.max_new_tokens, positions) + block_size
 
 
 def _that_fit(
@@ -183,7 +207,7 @@ def _that_fit(
             f"and target {config.target.path} reads at most {positions} with room for an answer"
         )
     given = config.decode.max_length
-    needed = {prompt.index: _needed(prompt, config, positions, block_size) for prompt in readable}
+    needed = {prompt.index: _needed(prompt.ids, config, positions, block_size) for prompt in readable}
     if given is None or given >= max(needed.values()):
         return readable
     if given < min(needed.values()):
