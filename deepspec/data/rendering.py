@@ -43,6 +43,13 @@ class Rendering:
     def record_in(self, draft_config: PreTrainedConfig) -> None:
         setattr(draft_config, FIELD, asdict(self))
 
+    def keys_given(self) -> dict[str, Any]:
+        """The keys of `data` that are not as they are by default."""
+        given: dict[str, Any] = {"template_options": self.template_options, "system_prompt": self.system_prompt}
+        return {key: value for key, value in given.items() if value} | (
+            {"chat_template": "its own"} if self.template else {}
+        )
+
     def differences(self, trained: Rendering) -> list[str]:
         """In words, what is otherwise than in training."""
         found = []

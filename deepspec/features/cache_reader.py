@@ -18,6 +18,7 @@ from deepspec.features.cache_format import (
     DOCUMENTS,
     KEY_BYTES,
     MANIFEST,
+    CachedRendering,
     CacheError,
     Manifest,
     checksum,
