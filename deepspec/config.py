@@ -56,8 +56,10 @@ class DraftConfig:
 
 @dataclass
 class DataConfig:
-    train_files: list[str] = field(default_factory=list)  # JSONL of {"id", "messages": [{"role", "content"}]}
-    eval_files: list[str] = field(default_factory=list)  # same format; measured during training, never trained on
+    train_files: list[str] = field(
+        default_factory=list
+    )  # files, folders, patterns, hub:OWNER/NAME[:SPLIT]; docs/data.md
+    eval_files: list[str] = field(default_factory=list)  # likewise; measured during training, never trained on
     eval_samples: int | None = 512  # the first that many samples of eval_files are measured; null = all
     max_length: int = 4096  # tokens; a longer sample is truncated (its count is reported)
     min_supervised_tokens: int = 14  # samples with fewer assistant tokens are dropped (and counted)
@@ -65,6 +67,8 @@ class DataConfig:
     template_options: dict[str, Any] = field(
         default_factory=dict
     )  # passed to the template, e.g. {enable_thinking: false}
+    system_prompt: str | None = None  # goes before conversations that have no system message
+    on_bad_row: str = "stop"  # a row that cannot be used: stop with its file and line, or skip and count it
     num_workers: int = 0  # data loader processes per rank
 
 
@@ -198,6 +202,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "draft.algorithm": ("dspark", "dflash"),
     "draft.architecture": ("Qwen3DSparkModel", "Gemma4DSparkModel"),
     "draft.markov_head_type": ("vanilla", "gated", "rnn"),
+    "data.on_bad_row": ("stop", "skip"),
     "features.source": ("online", "cached", "served", "vllm"),
     "features.dtype": ("float32", "bfloat16", "float16"),
     "features.cache_dtype": ("float32", "bfloat16", "float8", "int8"),

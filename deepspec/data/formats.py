@@ -13,7 +13,7 @@ from typing import Any
 from deepspec.data.conversation import Conversation, Message
 from deepspec.data.jsonl import DataError, OnBadRow, RowError, refuse_row
 from deepspec.data.sources import read_rows
-from deepspec.data.turns import find_lone_surrogate, messages_of, tools_of
+from deepspec.data.turns import messages_of, tools_of
 from deepspec.text import some
 
 logger = logging.getLogger(__name__)
@@ -139,12 +139,6 @@ def convert(place: str, row: dict[str, Any], layout: Format) -> Conversation:
     Raises:
         RowError: naming the column and what is wrong with it.
     """
-    for column in layout.columns:
-        if key := find_lone_surrogate(column, row[column]):
-            raise RowError(
-                f"{place}: {key}: half of a surrogate pair (like \\ud83d), which no tokenizer can encode; it comes "
-                "from text that was cut inside an emoji: mend the text or drop the row"
-            )
     messages = _messages(place, row, layout)
     system = row[layout.system] if layout.system else None
     if system is not None and not isinstance(system, str):
@@ -158,7 +152,7 @@ def convert(place: str, row: dict[str, Any], layout: Format) -> Conversation:
 def content_id(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> str:
     """A digest of what a conversation says: the same wherever the row stands."""
     content = json.dumps([messages, tools or None], ensure_ascii=False, sort_keys=True, default=str)
-    return hashlib.sha256(content.encode()).hexdigest()[:24]
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:24]
 
 
 def _id(row: dict[str, Any], layout: Format, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from deepspec.config import ConfigError, EvalRun
+from deepspec.config import ConfigError, DataConfig, EvalRun
 from deepspec.data.jsonl import DataError
+from deepspec.data.rendering import Rendering, as_in_training
 from deepspec.decoding.calibration import load_calibration
 from deepspec.decoding.policies import SCHEDULERS, PolicySetup, build_policy
 from deepspec.decoding.sps import SPS_FILE, SpsTable, load_table
@@ -64,6 +65,8 @@ class Plan:
     draft_weights: dict[str, str]  # file -> sha256
     policy_setup: PolicySetup  # on the CPU
     tokenizer: PreTrainedTokenizerBase
+    data: DataConfig  # its keys of rendering as they are used
+    rendering_note: str | None  # about them, for the user
     prompts: dict[str, list[Prompt]]  # by set, those that are decoded
     skipped: dict[str, int]  # by set, how many are too long
     chunks: list[Chunk]
@@ -86,14 +89,15 @@ def make_plan(config: EvalRun) -> Plan:
         raise ConfigError("eval.sets=[]: name at least one prompt set")
     if not config.eval.temperatures:
         raise ConfigError("eval.temperatures=[]: name at least one temperature")
-    target, options = config.target, config.data
+    target = config.target
     positions = position_range(load_target_config(target.path, target.revision, target.gguf_file))
     tokenizer = load_tokenizer(
-        target.path, revision=target.revision, gguf_file=target.gguf_file, chat_template=options.chat_template
+        target.path, revision=target.revision, gguf_file=target.gguf_file, chat_template=config.data.chat_template
     )
     dtype = resolve_dtype(target.dtype, target.path, revision=target.revision, gguf_file=target.gguf_file)
     folder = find_draft_folder(config.checkpoint)
     draft_config = read_draft_config(folder)
+    data, note = _rendered_as(config.data, tokenizer, draft_config)
     settings = DraftSettings.of(draft_config)
     setup = _policy_setup(config, settings, folder)
     build_policy(config.decode.policy, setup)  # or refuse
@@ -103,7 +107,8 @@ def make_plan(config: EvalRun) -> Plan:
             config.eval.prompts_dir,
             tokenizer,
             limit=config.eval.limit,
-            template_options=options.template_options,
+            template_options=data.template_options,
+            system_prompt=data.system_prompt,
             first_turn_only=config.eval.first_turn_only,
         )
         for name in dict.fromkeys(config.eval.sets)
@@ -126,6 +131,8 @@ def make_plan(config: EvalRun) -> Plan:
         weights,
         setup,
         tokenizer,
+        data,
+        note,
         prompts,
         {name: len(of_set) - len(prompts[name]) for name, of_set in listed.items()},
         chunks,
@@ -138,6 +145,20 @@ def make_plan(config: EvalRun) -> Plan:
         dtype,
         digest_of([weights, target_identity(config), dtype_name(dtype), decoding, config.seed, stops]),
     )
+
+
+def _rendered_as(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, draft_config: PreTrainedConfig
+) -> tuple[DataConfig, str | None]:
+    """The keys of rendering, as the draft was trained where they are not given, and what to say about them."""
+    trained = Rendering.recorded_in(draft_config)
+    used = as_in_training(data, tokenizer, trained)
+    if trained is None:
+        return used, "how the draft's training rendered prompts is not recorded; data.template_options has to say it"
+    if differences := Rendering.of(tokenizer, used).differences(trained):
+        return used, f"prompts are rendered otherwise than the draft was trained: {'; '.join(differences)}"
+    special = [f"data.{key}={value}" for key, value in trained.keys_given().items()]
+    return used, f"prompts are rendered as the draft was trained: {', '.join(special)}" if special else None
 
 
 def _sps_table(config: EvalRun, draft_folder: Path) -> SpsTable | None:

@@ -49,6 +49,8 @@ def evaluate(config: EvalRun) -> dict[str, Any]:
         plan = make_plan(config)
     store = RecordStore(config.output_dir, plan.settings_digest, state.process_index)
     console = make_console(is_main=state.is_main_process)
+    if plan.rendering_note:
+        console.print(plan.rendering_note, soft_wrap=True, markup=False)
     for name, count in plan.skipped.items():
         if count:
             console.print(f"{name}: {count} prompts are too long and are skipped", soft_wrap=True)
@@ -217,7 +219,7 @@ def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record], fingerprint
         "draft": draft,
         "target": target,
         "results": results,
-        "settings": flatten(config) | {"target.dtype": dtype_name(plan.target_dtype)},
+        "settings": flatten(replace(config, data=plan.data)) | {"target.dtype": dtype_name(plan.target_dtype)},
         "settings_digest": plan.settings_digest,
         "machine": machine(),
         "versions": versions(),

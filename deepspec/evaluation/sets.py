@@ -56,6 +56,7 @@ def load_set(
     *,
     limit: int | None = None,
     template_options: Mapping[str, Any] | None = None,
+    system_prompt: str | None = None,
     first_turn_only: bool = False,
 ) -> list[Prompt]:
     """The first `limit` prompts of a set, rendered as a conversation that the assistant is about to answer.
@@ -69,12 +70,20 @@ def load_set(
         if limit is not None and index >= limit:
             break
         prompt = read_prompt(row, place)
-        render = partial(render_prompt, tokenizer, template_options=template_options, tools=prompt.tools)
+        render = partial(
+            render_prompt,
+            tokenizer,
+            template_options=template_options,
+            tools=prompt.tools,
+            system_prompt=system_prompt,
+        )
         given, later = prompt.given, None
         if first_turn_only:
             given = given[:1]
         if len(given) > 1:
-            later = digest_of([given[1:], prompt.tools, dict(template_options or {}), tokenizer.chat_template])
+            later = digest_of(
+                [given[1:], prompt.tools, dict(template_options or {}), system_prompt, tokenizer.chat_template]
+            )
         prompts.append(Prompt(index, given, _rendered(render, given[0], place), place, render, later))
     return prompts
 
