@@ -24,6 +24,7 @@ from deepspec.arguments import run_command
 from deepspec.config import ConfigError
 from deepspec.data.contamination import EvaluationPrompts, evaluation_files
 from deepspec.data.formats import read_conversations
+from deepspec.data.hub import PREFIX
 from deepspec.data.jsonl import DataError
 from deepspec.data.prompt_pool import PromptPool
 from deepspec.data.sources import source_digest
@@ -163,10 +164,22 @@ def make(options: PromptsOptions) -> dict[str, Any]:
     return {"counts": counts, "short": short}
 
 
-def inputs_of(options: PromptsOptions) -> dict[str, str]:
-    """The digest of everything that is read."""
+def inputs_of(options: PromptsOptions, known: dict[str, str]) -> dict[str, str]:
+    """The digest of everything that is read.
+
+    Args:
+        known: of the last run; a set on the Hub that is there counts as unchanged where the Hub cannot be asked.
+    """
+    digests = {}
+    for source in options.sources:
+        try:
+            digests[source] = source_digest(source)
+        except DataError:
+            if not source.startswith(PREFIX) or source not in known:
+                raise
+            say(f"{source}: the Hub cannot be asked whether it changed; taken as unchanged")
+            digests[source] = known[source]
     evaluation = evaluation_files(options.eval_dir) if options.eval_dir is not None else []
-    digests = {source: source_digest(source) for source in options.sources}
     return digests | {str(file): sha256_of(file) for file in evaluation}
 
 
@@ -174,13 +187,13 @@ def main(options: PromptsOptions) -> None:
     check(options)
     folder = Path(options.output_dir)
     manifest = folder / "manifest.json"
+    written = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     settings = {key: value for key, value in asdict(options).items() if key != "output_dir"}
-    record: dict[str, Any] = {"format": FORMAT, "settings": settings, "inputs": inputs_of(options)}
-    if manifest.is_file():
-        written = json.loads(manifest.read_text(encoding="utf-8"))
-        if {**written, **record} == written and match_digests(folder, written["sha256"]):
-            say(f"prompts: {folder} is valid, nothing to do")
-            return
+    record: dict[str, Any] = {"format": FORMAT, "settings": settings}
+    record["inputs"] = inputs_of(options, written.get("inputs", {}))
+    if {**written, **record} == written and match_digests(folder, written["sha256"]):
+        say(f"prompts: {folder} is valid, nothing to do")
+        return
     record |= make(options)
     record["sha256"] = {name: sha256_of(folder / name) for name in FILES}
     write_atomically(manifest, json.dumps(record, indent=2))
