@@ -29,6 +29,7 @@ from deepspec.data.jsonl import DataError, RowError
 from deepspec.data.logged_chats import CUT, LoggedChats
 from deepspec.data.request_logs import Exchange, LogReader
 from deepspec.data.sources import read_rows
+from deepspec.data.surrogates import mend
 from deepspec.files import remove_unfinished, sha256_of, unfinished_name, write_atomically
 
 Row = dict[str, Any]
@@ -149,7 +150,8 @@ def rows_of(options: LogsOptions, counts: Counter[str], models: Counter[str]) ->
         counts["bad lines"] += 1
 
     for log in options.logs:
-        for place, logged in read_rows(log, on_bad_row=bad):
+        for place, row in read_rows(log, on_bad_row=bad):
+            logged = mend(row)
             try:
                 exchanges = reader.exchanges(place, logged, unusable)
             except RowError as error:

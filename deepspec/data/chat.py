@@ -15,6 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.data.conversation import Message
+from deepspec.data.surrogates import mend
 from deepspec.data.templates import MARKER, ChatTemplate, TemplateError, Tools, shared_length, whole_markers
 
 Piece = tuple[str, bool]  # text of a sample, and whether the assistant wrote it
@@ -23,7 +24,6 @@ Sample = list[Piece]
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # What templates put before an answer without thoughts, so that it looks like one that has thought: `<think></think>`.
 EMPTY_THOUGHT = re.compile(r"\s*(?:<[^<>/\s]+>)?\s*</[^<>\s]+>\s*")
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can hold and no tokenizer can read
 
 
 @dataclass(frozen=True)
@@ -338,22 +338,12 @@ class _Turn:
         )
 
 
-def without_half_pairs(text: str) -> str:
-    """With U+FFFD for every half of a surrogate pair."""
-    return SURROGATE.sub("\ufffd", text)
-
-
-def has_half_pairs(sample: Sample) -> bool:
-    """Whether half of a surrogate pair is replaced when the sample is tokenized."""
-    return any(SURROGATE.search(text) for text, _ in sample)
-
-
 def tokenize(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[Rendered]:
     """Token ids and loss mask of samples.
 
     No token holds text of two pieces: where the target writes an answer, the prompt is tokenized by then.
     """
-    pieces = [[(without_half_pairs(text), written) for text, written in sample if text] for sample in samples]
+    pieces = [[(mend(text), written) for text, written in sample if text] for sample in samples]
     if not tokenizer.is_fast:
         return [_tokenized_apart(tokenizer, sample) for sample in pieces]
     texts = ["".join(text for text, _ in sample) for sample in pieces]

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError, near_match
@@ -91,8 +90,8 @@ def load_set(
 def _rendered(render: Render, messages: Sequence[Message], what: str) -> list[int]:
     try:
         return render(messages)
-    except (TemplateError, ValueError) as error:
-        raise DataError(f"{what}: the chat template refuses it ({error})") from error
+    except TemplateError as error:
+        raise DataError(f"{what}: {error}") from error
 
 
 def set_file(name: str, folder: str | Path) -> Path:
