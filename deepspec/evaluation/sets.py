@@ -16,6 +16,7 @@ from deepspec.data.chat import render_prompt
 from deepspec.data.conversation import Message
 from deepspec.data.jsonl import DataError, read_jsonl
 from deepspec.data.prompts import read_prompt, text_of
+from deepspec.data.templates import TemplateError
 from deepspec.evaluation.records import digest_of
 
 Render = Callable[[Sequence[Message]], list[int]]  # messages to the ids of a prompt
