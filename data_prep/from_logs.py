@@ -150,10 +150,9 @@ def rows_of(options: LogsOptions, counts: Counter[str], models: Counter[str]) ->
         counts["bad lines"] += 1
 
     for log in options.logs:
-        for place, row in read_rows(log, on_bad_row=bad):
-            logged = mend(row)
+        for place, logged in read_rows(log, on_bad_row=bad):
             try:
-                exchanges = reader.exchanges(place, logged, unusable)
+                exchanges = reader.exchanges(place, mend(logged), unusable)
             except RowError as error:
                 bad(error)
                 continue

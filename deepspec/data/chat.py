@@ -124,7 +124,7 @@ def write_samples(template: ChatTemplate, messages: Sequence[Message], tools: To
 def _marked_samples(template: ChatTemplate, messages: list[Message], turns: list[int], tools: Tools) -> list[Sample]:
     text, spans = template.marked(messages, tools)
     if not any(last > first for first, last in spans):
-        raise TemplateError("the {% generation %} markers of the chat template enclose nothing of this conversation")
+        raise TemplateError(f"the {{% generation %}} markers of {template.name} enclose nothing of this conversation")
     if all(_thoughts(messages[number]) in text for number in turns[:-1]):
         return [_cut_up(text, spans)]
     samples = []
@@ -192,7 +192,7 @@ class _Turn:
         raw = self.message.get("raw")
         if raw is not None:
             if prompt is None:
-                raise TemplateError("the chat template makes no prompt of the turns before the assistant's")
+                raise TemplateError(f"{self.template.name} makes no prompt of the turns before the assistant's")
             return prompt, raw
         try:
             full = self.template.text([*self.before, self.turn], self.tools)
@@ -333,7 +333,7 @@ class _Turn:
                 f"{prompt[place : place + 60]!r} (character {place})"
             )
         raise TemplateError(
-            f"the chat template does not show the answer {content[:40]!r} so that it can be told apart: {found}; give "
+            f"{self.template.name} does not show the answer {content[:40]!r} so that it can be told apart: {found}; give "
             "a template with {% generation %} markers: data.chat_template=FILE.jinja"
         )
 

@@ -91,6 +91,7 @@ def tokenize_conversations(
     min_supervised_tokens: int,
     template_options: Mapping[str, Any] | None = None,
     system_prompt: str | None = None,
+    template_name: str = "the chat template",
     on_bad_row: str = "stop",
     cache_dir: str = "outputs/cache/tokenized",
 ) -> ConversationDataset:
@@ -102,12 +103,13 @@ def tokenize_conversations(
     counted in the log.
 
     Args:
+        template_name: for messages.
         on_bad_row: stop, or skip and count.
 
     Raises:
         DataError: a source that cannot be read, a bad row (with `stop`), or no sample left.
     """
-    template = ChatTemplate(tokenizer, template_options, system_prompt)
+    template = ChatTemplate(tokenizer, template_options, system_prompt, template_name)
     rows = tokenized_rows(files, template, max_length=max_length, on_bad_row=on_bad_row, cache_dir=cache_dir)
     columns = rows.with_format("numpy")
     supervised = np.asarray(columns["supervised"][:])
