@@ -16,12 +16,13 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError
-from deepspec.data.chat import Sample as Pieces
-from deepspec.data.chat import tokenize, write_samples
+from deepspec.data.chat import tokenize
 from deepspec.data.conversation import Conversation
 from deepspec.data.formats import read_conversations
 from deepspec.data.jsonl import DataError, RowError
 from deepspec.data.packing import Sample
+from deepspec.data.samples import Sample as Pieces
+from deepspec.data.samples import write_samples
 from deepspec.data.sources import source_digest
 from deepspec.data.surrogates import mend
 from deepspec.data.templates import ChatTemplate
