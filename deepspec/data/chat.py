@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.data.conversation import Message
@@ -80,46 +81,53 @@ def render_conversation(
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[Rendered]:
-    """Token ids and loss mask of samples.
+    """Token ids and loss mask of samples, see `encode`."""
+    return [Rendered(ids.tolist(), mask.tolist()) for ids, mask in encode(tokenizer, samples)]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Token ids [tokens] and loss mask [tokens] of every sample.
 
     No token holds text of two pieces: where the target writes an answer, the prompt is tokenized by then.
     """
     pieces = [[(mend(text), written) for text, written in sample if text] for sample in samples]
     if not tokenizer.is_fast:
-        return [_tokenized_apart(tokenizer, sample) for sample in pieces]
+        return [_encoded_apart(tokenizer, sample) for sample in pieces]
     texts = ["".join(text for text, _ in sample) for sample in pieces]
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
-    rendered = []
-    for sample, encoding in zip(pieces, encoded.encodings or [], strict=True):
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        first, last = offsets[:, 0], offsets[:, 1]
-        ends = np.cumsum([len(text) for text, _ in sample])
-        place = np.where(last > first, first, np.maximum(first - 1, 0))  # spaces may have been trimmed from an offset
-        of_token = np.searchsorted(ends, place, side="right").clip(max=len(sample) - 1)
-        if _straddles(ends[:-1], first, last, sample):
-            rendered.append(_tokenized_apart(tokenizer, sample))
+    encodings = tokenizer(texts, add_special_tokens=False, verbose=False).encodings if texts else []
+    encoded = []
+    for text, sample, encoding in zip(texts, pieces, encodings or [], strict=True):
+        borders = np.cumsum([len(piece) for piece, _ in sample]).tolist()[:-1]
+        starts = [_first_token(encoding, text, border) for border in borders]
+        if None in starts:
+            encoded.append(_encoded_apart(tokenizer, sample))
         else:
-            written = np.array([written for _, written in sample], dtype=np.int64)
-            rendered.append(Rendered(encoding.ids, written[of_token].tolist()))
-    return rendered
+            counts = np.diff([0, *starts, len(encoding)])
+            encoded.append((np.array(encoding.ids), np.repeat([int(written) for _, written in sample], counts)))
+    return encoded
 
 
-def _straddles(borders: np.ndarray, first: np.ndarray, last: np.ndarray, sample: Sample) -> bool:
-    """Whether a token holds text of two pieces. Offsets may leave out a token's spaces."""
-    for number, border in enumerate(borders.tolist()):
-        index = int(np.searchsorted(last, border, side="right"))  # the first token that ends behind the border
-        if index < len(first) and first[index] < border:
-            return True
-        reached = int(last[index - 1]) if index else 0
-        if reached < border and sample[number][0][-1] == " ":
-            return True
-    return False
+def _first_token(encoding: tokenizers.Encoding, text: str, border: int) -> int | None:
+    """The first token behind a place in the text; None where a token holds text of both sides.
+
+    The offsets of a token may leave out its leading spaces; those of a token of spaces alone are then empty.
+    """
+    inside = (encoding.char_to_token(place) for place in range(border, len(text)))
+    token = next((found for found in inside if found is not None), len(encoding))
+    while token > 0 and border < _span(encoding, token - 1)[0] == _span(encoding, token - 1)[1]:
+        token -= 1
+    begins_before = token < len(encoding) and _span(encoding, token)[0] < border
+    takes_a_space = text[border - 1] == " " and token > 0 and _span(encoding, token - 1)[1] < border
+    return None if begins_before or takes_a_space else token
 
 
-def _tokenized_apart(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Rendered:
-    ids, mask = [], []
-    for text, written in sample:
-        of_piece = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        ids += of_piece
-        mask += [int(written)] * len(of_piece)
-    return Rendered(ids, mask)
+def _span(encoding: tokenizers.Encoding, token: int) -> tuple[int, int]:
+    """First character of a token, and the one behind it."""
+    return encoding.token_to_chars(token) or (0, 0)
+
+
+def _encoded_apart(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text, _ in sample]
+    flat = [token for of_piece in ids for token in of_piece]
+    mask = np.repeat([int(written) for _, written in sample], [len(of_piece) for of_piece in ids])
+    return np.array(flat, dtype=np.int64), mask
