@@ -8,8 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn, TypeVar, cast
+from dataclasses import is_dataclass
+from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -69,12 +69,13 @@ def _end(message: str, wait: float) -> NoReturn:
 def parse_arguments(schema: type[Options], arguments: Sequence[str] | None = None) -> Options:
     """Read `key=value` words (default: the command line) into `schema`; `--help` prints its keys and exits.
 
+    Keys of a dataclass or dictionary inside are dotted: `target.path=...`, or `options={key: value}` at once.
+
     Raises:
         ConfigError: an unknown key, a wrong type, or a key without a value that has no default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     assert is_dataclass(schema)
-    names = [entry.name for entry in fields(schema)]
     if {"-h", "--help"} & set(words):
         print(
             (schema.__doc__ or "").strip()
@@ -83,19 +84,49 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str] | None = Non
         )
         sys.exit(0)
     for word in words:
-        key = word.split("=", 1)[0]
-        if "=" not in word:
-            raise ConfigError(f"'{word}': expected key=value")
-        if key not in names:
-            raise ConfigError(f"unknown key '{key}'; the keys are {', '.join(names)}.{near_match(key, names)}")
+        _check_word(schema, word)
     try:
         config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(words))
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        raise ConfigError(_explain(error, words)) from error
     missing = OmegaConf.missing_keys(config)
     if missing:
         raise ConfigError(f"{', '.join(sorted(missing))}: must be given as key=value")
     return cast(Options, OmegaConf.to_object(config))
+
+
+def _check_word(schema: type, word: str) -> None:
+    """Raises ConfigError where it is no key=value, or the schema has no such key."""
+    key = word.split("=", 1)[0]
+    if "=" not in word:
+        raise ConfigError(f"'{word}': expected key=value")
+    prefix, rest = "", key
+    while True:
+        hints = get_type_hints(schema)
+        name, _, rest = rest.partition(".")
+        if name not in hints:
+            names = [f"{prefix}{each}" for each in hints]
+            raise ConfigError(f"unknown key '{key}'; the keys are {', '.join(names)}.{near_match(key, names)}")
+        if not is_dataclass(hints[name]):
+            return
+        if not rest:
+            if not word.split("=", 1)[1].startswith("{"):
+                inside = ", ".join(f"{key}.{each}=..." for each in get_type_hints(hints[name]))
+                raise ConfigError(f"'{word}': {key} has keys of its own: {inside}")
+            return
+        prefix, schema = f"{prefix}{name}.", cast(type, hints[name])
+
+
+def _explain(error: OmegaConfBaseException, words: Sequence[str]) -> str:
+    """What was typed, and what is wrong with it."""
+    message = str(error).splitlines()[0]
+    key = (getattr(error, "full_key", None) or "").split("[")[0]
+    typed = next((word for word in words if word.startswith(f"{key}=")), "") if key else ""
+    if typed and "DictConfig" in message and ": " in typed:
+        return f"{typed}: reads as a dictionary; put quotes around a text with a colon: {key}='\"...\"'"
+    if typed and "is not a ListConfig" in message:
+        return f"{typed}: a list is given in brackets: {key}=[...]"
+    return f"{typed}: {message}" if typed else message
 
 
 def run_command(task: Any, schema: type[Options]) -> None:
