@@ -1,4 +1,4 @@
-"""The target answers prompts: `python -m data_prep.regenerate target.path=FOLDER prompts=[FILE, ...] output_dir=FOLDER`.
+"""The target answers prompts: `python -m data_prep.regenerate target.path=FOLDER prompts=[FILE] output_dir=FOLDER`.
 
 With urls=[http://host:port, ...] on servers (vLLM, SGLang), else in this process, or in several with `accelerate launch
 -m data_prep.regenerate ...`. Interrupted at any moment, the same command goes on.

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.data.conversation import Message
+from deepspec.regeneration.text import all_text
 from deepspec.regeneration.writer import Answer
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class AnswerReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]):
         self._tokenizer = tokenizer
-        self._ends = [tokenizer.decode([token], skip_special_tokens=False) for token in stop_token_ids]
+        self._ends = [all_text(tokenizer, [token]) for token in stop_token_ids]
         self._has_parser = getattr(tokenizer, "response_template", None) is not None
 
     def message_of(
@@ -71,7 +72,7 @@ class AnswerReader:
 
     def _opening(self, prompt_ids: Sequence[int], text: str) -> str:
         """Where the template has begun to think for the target: what stands before its words."""
-        tail = self._tokenizer.decode(list(prompt_ids[-TAIL:]), skip_special_tokens=False)
+        tail = all_text(self._tokenizer, prompt_ids[-TAIL:])
         opening = tail[len(tail.rstrip().removesuffix("<think>")) :]
         return opening if opening.startswith("<think>") and not text.lstrip().startswith("<think>") else ""
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.decoding import Completion, Request, SpeculativeEngine
+from deepspec.regeneration.text import text_behind
 from deepspec.regeneration.writer import Answer, Outcome, Question, Refusal, Sampling
 
 AHEAD = 1  # questions that wait for a slot, as many as there are slots: a prompt pass then fills what is free
-CONTEXT = 8  # tokens of the prompt that are decoded with an answer, so that its first space is not dropped
 
 
 class EngineWriter:
@@ -66,15 +64,3 @@ class EngineWriter:
             )
         text = text_behind(self._tokenizer, question.prompt_ids, completion.output_ids)
         return Answer(text, len(completion.output_ids), completion.finish_reason)
-
-
-def text_behind(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> str:
-    """The exact text of tokens behind a prompt. Some tokenizers drop a space that they take for the first of a text."""
-    before = all_text(tokenizer, prompt_ids[-CONTEXT:])
-    whole = all_text(tokenizer, [*prompt_ids[-CONTEXT:], *output_ids])
-    return whole[len(before) :] if whole.startswith(before) else all_text(tokenizer, output_ids)
-
-
-def all_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Token ids to text, special tokens and every space included."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.regeneration.answers import shown
-from deepspec.regeneration.engine_writer import all_text, text_behind
+from deepspec.regeneration.text import all_text, text_behind
 from deepspec.regeneration.writer import Answer, Question, Sampling
 
 COMPLETIONS, CHAT, MODELS = "/v1/completions", "/v1/chat/completions", "/v1/models"
@@ -65,22 +65,22 @@ def _sampling_body(question: Question, sampling: Sampling, model: str, max_token
 def read_completion(content: bytes, question: Question, tokenizer: PreTrainedTokenizerBase) -> Answer:
     """Raises BadAnswer."""
     choice, used = _choice(content)
-    text, ids = choice.get("text"), choice.get("token_ids")
+    text, ids = choice.get("text"), _ids(choice.get("token_ids"))
     if not isinstance(text, str):
         raise BadAnswer("a choice without a text")
-    if _are_ids(ids):
-        text = text_behind(tokenizer, question.prompt_ids, ids)
-    tokens = len(ids) if _are_ids(ids) else used
+    if ids:
+        text, used = text_behind(tokenizer, question.prompt_ids, ids), len(ids)
     reason = ENDINGS[choice["finish_reason"]]
-    if not text and not tokens:
+    if not text and not used:
         raise BadAnswer("an empty text")
     if reason == "stop" and not question.stop_strings:
         text = _with_end(text, choice, question, tokenizer)
-    return Answer(text, tokens, reason)
+    return Answer(text, used, reason)
 
 
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(each, int) for each in value)
+def _ids(value: Any) -> list[int]:
+    """Token ids, where a server tells them."""
+    return value if isinstance(value, list) and all(isinstance(each, int) for each in value) else []
 
 
 def _with_end(text: str, choice: dict[str, Any], question: Question, tokenizer: PreTrainedTokenizerBase) -> str:

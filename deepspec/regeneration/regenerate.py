@@ -195,9 +195,7 @@ class Regeneration:
             return
         self.counts["cut"] += dialogue.is_cut
         if dialogue.is_cut and self.options.on_cut == "drop":
-            self._leave_out(
-                dialogue, "cut", f"reached max_new_tokens={self.options.max_new_tokens} or the last position"
-            )
+            self._leave_out(dialogue, "cut", f"longer than max_new_tokens={self.options.max_new_tokens} or the slot")
             return
         del self.dialogues[dialogue.task.id]
         self.store.keep(dialogue.row(self.speaker.short))

@@ -28,7 +28,7 @@ from deepspec.regeneration.openai_api import (
 )
 from deepspec.regeneration.options import WritingOptions
 from deepspec.regeneration.servers import Refused, Server, Servers, Unavailable
-from deepspec.regeneration.writer import Answer, Outcome, Question, Refusal
+from deepspec.regeneration.writer import Answer, Outcome, Question
 
 if TYPE_CHECKING:
     from deepspec.regeneration.setup import Speaker
@@ -231,6 +231,3 @@ def _tells_of_model(answer: httpx.Response, model: str) -> bool:
     """Whether a 404 is about the model and not about the route."""
     message = error_message(answer.content).lower()
     return answer.status_code == 404 and "model" in message and (model.lower() in message or "not exist" in message)
-
-
-__all__ = ["Refusal", "ServerWriter"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from deepspec.data.chat import render_prompt
 from deepspec.data.conversation import Message
 from deepspec.decoding import DSparkProposer, SpeculativeEngine
 from deepspec.drafts import load_draft
-from deepspec.files import sha256_of
 from deepspec.regeneration.answers import AnswerReader, shown
-from deepspec.regeneration.engine_writer import EngineWriter, all_text
+from deepspec.regeneration.engine_writer import EngineWriter
 from deepspec.regeneration.options import TargetOptions, WritingOptions
 from deepspec.regeneration.server_writer import ServerWriter
+from deepspec.regeneration.text import all_text
 from deepspec.regeneration.writer import Writer
 from deepspec.targets import (
     describe_target,
@@ -153,11 +152,3 @@ def open_writer(options: WritingOptions, speaker: Speaker, device: torch.device,
     except ConfigError as error:
         raise ConfigError(str(error).replace("decode.", "")) from error
     return EngineWriter(engine, speaker.tokenizer, options.sampling)
-
-
-def digest_of_file(path: str | None) -> str | None:
-    return None if path is None else sha256_of(path)[:16]
-
-
-def as_text(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
