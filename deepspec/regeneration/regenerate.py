@@ -40,7 +40,7 @@ class RegenerateOptions(WritingOptions):
     on_cut: str = "keep"  # rows whose answer reached max_new_tokens: keep or drop
 
 
-def regenerate(options: RegenerateOptions) -> dict[str, int]:
+def regenerate(options: RegenerateOptions) -> Counter[str]:
     """Write OUTPUT/answers-rankR.jsonl. Returns what happened on all ranks: `rows` written, `tokens`, `cut`, ...
 
     Raises:
@@ -87,7 +87,7 @@ def regenerate(options: RegenerateOptions) -> dict[str, int]:
     seconds = max(gather_object([time.monotonic() - started]))
     progress.say(summary(options, total, len(done), seconds))
     store.close()
-    return dict(total)
+    return total
 
 
 def check_regenerate_options(options: RegenerateOptions) -> None:
