@@ -67,6 +67,7 @@ class StandIn:
     chat_only: bool = False
     text_of: Callable[[dict[str, Any]], str] = lambda body: f"The seed is {body['seed']}.{END}"
     message_of: Callable[[dict[str, Any]], dict[str, Any]] = lambda body: {"content": f"Seed {body['seed']}."}
+    finish_reason: str | None = None  # None = stop where the text has an end
     key: str | None = None
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -145,7 +146,8 @@ class StandIn:
             send(handler, 200, {"choices": [choice], "usage": {"completion_tokens": 5}})
         else:
             text = self.text_of(body)
-            choice = {"text": text, "finish_reason": "stop" if text.endswith(END) else "length"}
+            reason = self.finish_reason or ("stop" if text.endswith(END) else "length")
+            choice = {"text": text, "finish_reason": reason}
             send(handler, 200, {"choices": [choice], "usage": {"completion_tokens": 5}})
 
 

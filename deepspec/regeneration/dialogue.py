@@ -30,9 +30,10 @@ class Step(NamedTuple):
 class Dialogue:
     """What of a conversation is written, and what comes next.
 
-    System, user and tool turns stay as they are; assistant turns are replaced. Assistant turns before the first user
-    turn, which answer nothing, are left out, and of assistant turns in a row the first stands for all. The results of a
-    tool stay only if the turn that was written calls the tool as the replaced one did; else the conversation ends.
+    System, user and tool turns stay as they are; assistant turns are replaced. Where there are none at all, each user
+    turn gets one. Assistant turns before the first user turn, which answer nothing, are left out, and of assistant
+    turns in a row the first stands for all. The results of a tool stay only if the turn that was written calls the tool
+    as the replaced one did; else the conversation ends.
     """
 
     def __init__(self, task: Task, system_prompt: str | None = None):
@@ -43,7 +44,7 @@ class Dialogue:
         self.is_cut = False
         self._pending: list[Message] = []
         given = list(task.conversation.messages)
-        if system_prompt is not None and not any(message["role"] == "system" for message in given):
+        if system_prompt is not None and not any(message["role"] in ("system", "developer") for message in given):
             given.insert(0, {"role": "system", "content": system_prompt})
         self._steps = deque(_steps(given))
 
@@ -93,14 +94,19 @@ class Dialogue:
 
 
 def _steps(messages: Sequence[Message]) -> list[Step]:
+    has_answers = any(message["role"] == "assistant" for message in messages)
     steps: list[Step] = []
     given: list[Message] = []
     for message in messages:
-        if message["role"] != "assistant":
-            given.append(message)
-        elif given and (steps or _asks(given)):
-            steps.append(Step(given, message))
+        if message["role"] == "assistant":
+            if given and (steps or _asks(given)):
+                steps.append(Step(given, message))
+                given = []
+            continue
+        if message["role"] == "user" and not has_answers and _asks(given):
+            steps.append(Step(given, None))
             given = []
+        given.append(message)
     if _asks(given):
         steps.append(Step(given, None))
     return steps

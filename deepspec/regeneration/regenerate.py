@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import islice
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from omegaconf import MISSING
 
 from deepspec.config import ConfigError
-from deepspec.data.conversation import Conversation
+from deepspec.data.formats import read_conversations
 from deepspec.ranks import start_ranks
 from deepspec.regeneration.dialogue import Dialogue, Task
 from deepspec.regeneration.options import WritingOptions, check_choice, check_options
 from deepspec.regeneration.progress import WritingProgress
-from deepspec.regeneration.prompts import read_prompts
 from deepspec.regeneration.setup import Speaker, know_target, open_writer, sampling_settings
 from deepspec.regeneration.store import RowStore, done_rows
 from deepspec.regeneration.tasks import share_of, tasks_of
 from deepspec.regeneration.writer import Answer, Question, Refusal, Writer, seed_of
+
+logger = logging.getLogger(__name__)
 
 LEAST_ROOM = 16  # tokens: a prompt that leaves less for an answer is refused
 PATIENCE = timedelta(days=30)  # of ranks that are done with those that are not
@@ -50,43 +54,47 @@ def regenerate(options: RegenerateOptions) -> Counter[str]:
     """
     check_regenerate_options(options)
     state = start_ranks(PATIENCE)
-    speaker = know_target(options)
-    store = RowStore(options.output_dir, rank=state.process_index)
     progress = WritingProgress(0, is_main=state.is_main_process)
+    with closing(RowStore(options.output_dir, rank=state.process_index)) as store:
+        return _regenerate(options, know_target(options), store, state, progress.say)
 
-    def tasks(known: dict[str, str], counts: Counter[str] | None = None) -> Iterable[Task]:
-        return tasks_of(prompts_of(options), known, options.answers, counts)
 
+def _regenerate(
+    options: RegenerateOptions, speaker: Speaker, store: RowStore, state: PartialState, say: Callable[[str], None]
+) -> Counter[str]:
     if state.is_main_process:
         store.begin(settings_of(options, speaker))
     state.wait_for_everyone()
     store.join()
     known, left_out = done_rows(store)
     state.wait_for_everyone()  # nobody writes before everybody has read
+
+    def tasks(counts: Counter[str], on_format: Callable[[str], None] = logger.debug) -> Iterator[Task]:
+        prompts = islice(read_conversations(options.prompts, on_format=on_format), options.limit)
+        return tasks_of(prompts, known, options.answers, counts)
+
     counts: Counter[str] = Counter()
-    wanted = {task.id for task in tasks(known, counts)}
+    wanted = {task.id for task in tasks(counts, say)}
     done = wanted & known.keys()
-    progress.say(_plan(options, counts, len(wanted), len(done), left_out))
-    share = share_of(tasks(known), done.__contains__, state.process_index, state.num_processes)
+    say(_plan(options, counts, len(wanted), len(done), {id: left_out[id] for id in done & left_out.keys()}))
+    share = share_of(tasks(Counter()), done.__contains__, state.process_index, state.num_processes)
     mine = len(range(state.process_index, len(wanted) - len(done), state.num_processes))
     result: Counter[str] = Counter()
     started = time.monotonic()
     if mine:
-        writer = open_writer(options, speaker, state.device, progress.say)
-        run = Regeneration(options, speaker, store, writer, result)
-        try:
+        with closing(open_writer(options, speaker, state.device, say)) as writer:
             started = time.monotonic()  # whoever writes is ready
-            with WritingProgress(mine, is_main=state.is_main_process) as progress:
-                run.work(share, progress.update)
-        except KeyboardInterrupt:
-            progress.say(f"interrupted; {result['rows']} rows are kept: run the command again to go on")
-            raise SystemExit(130) from None
-        finally:
-            writer.close()
-    total: Counter[str] = sum(gather_object([result]), Counter())
-    seconds = max(gather_object([time.monotonic() - started]))
-    progress.say(summary(options, total, len(done), seconds))
-    store.close()
+            run = Regeneration(options, speaker, store, writer, result)
+            with WritingProgress(mine, is_main=state.is_main_process) as bar:
+                try:
+                    run.work(share, bar.update)
+                except KeyboardInterrupt:
+                    bar.say(f"interrupted; {result['rows']} new rows are kept: run the command again to go on")
+                    raise SystemExit(130) from None
+    total: Counter[str] = Counter()
+    for each in gather_object([result]):
+        total.update(each)
+    say(summary(options, total, len(done), max(gather_object([time.monotonic() - started]))))
     return total
 
 
@@ -109,10 +117,6 @@ def settings_of(options: RegenerateOptions, speaker: Speaker) -> dict[str, Any]:
         "on_cut": options.on_cut,
         "answers": "1" if options.answers == 1 else "several",
     }
-
-
-def prompts_of(options: RegenerateOptions) -> Iterator[Conversation]:
-    return islice(read_prompts(options.prompts), options.limit)
 
 
 @dataclass

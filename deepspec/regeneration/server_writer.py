@@ -81,8 +81,11 @@ class ServerWriter:
 
     def put(self, question: Question) -> None:
         self._outstanding += 1
-        with suppress(RuntimeError):  # the loop has ended; `wait` says why
-            asyncio.run_coroutine_threadsafe(self._servers.put(question), self._loop)
+        put = self._servers.put(question)
+        try:
+            asyncio.run_coroutine_threadsafe(put, self._loop)
+        except RuntimeError:  # the loop has ended; `wait` says why
+            put.close()
 
     def wait(self) -> list[Outcome]:
         outcomes = []

@@ -140,7 +140,7 @@ class RowStore:
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         file = self.hidden / SETTINGS
         now = json.loads(json.dumps(settings))
-        if file.is_file():
+        if file.is_file() and any(each.stat().st_size for each in [*self.kept_files(), *self.left_out_files()]):
             try:
                 then = json.loads(file.read_text(encoding="utf-8"))
             except ValueError as error:
