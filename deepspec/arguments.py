@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from typing import Any, NoReturn, TypeVar, cast, get_type_hints
+from typing import Any, NoReturn, TypeVar, cast, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -96,8 +96,8 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str] | None = Non
 
 
 def _check_word(schema: type, word: str) -> None:
-    """Raises ConfigError where it is no key=value, or the schema has no such key."""
-    key = word.split("=", 1)[0]
+    """Raises ConfigError where it is no key=value, the schema has no such key, or a list is not written as one."""
+    key, _, value = word.partition("=")
     if "=" not in word:
         raise ConfigError(f"'{word}': expected key=value")
     prefix, rest = "", key
@@ -108,9 +108,11 @@ def _check_word(schema: type, word: str) -> None:
             names = [f"{prefix}{each}" for each in hints]
             raise ConfigError(f"unknown key '{key}'; the keys are {', '.join(names)}.{near_match(key, names)}")
         if not is_dataclass(hints[name]):
+            if get_origin(hints[name]) is list and not value.startswith("["):
+                raise ConfigError(f"{word}: expected a list; write {key}=[{value}]")
             return
         if not rest:
-            if not word.split("=", 1)[1].startswith("{"):
+            if not value.startswith("{"):
                 inside = ", ".join(f"{key}.{each}=..." for each in get_type_hints(hints[name]))
                 raise ConfigError(f"'{word}': {key} has keys of its own: {inside}")
             return
@@ -124,8 +126,6 @@ def _explain(error: OmegaConfBaseException, words: Sequence[str]) -> str:
     typed = next((word for word in words if word.startswith(f"{key}=")), "") if key else ""
     if typed and "DictConfig" in message and ": " in typed:
         return f"{typed}: reads as a dictionary; put quotes around a text with a colon: {key}='\"...\"'"
-    if typed and "is not a ListConfig" in message:
-        return f"{typed}: a list is given in brackets: {key}=[...]"
     return f"{typed}: {message}" if typed else message
 
 
