@@ -6,6 +6,7 @@ from collections import Counter
 from contextlib import closing
 
 import pytest
+import torch
 from decoding_world import random_draft
 from regeneration_world import (
     Scripted,
@@ -31,6 +32,15 @@ def by_id(folder) -> dict[str, dict]:
     rows = saved_rows(folder)
     assert len({row["id"] for row in rows}) == len(rows)
     return {row["id"]: row for row in rows}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models this small wait for their threads longer than they compute, where the processor has other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -165,8 +175,6 @@ def test_interrupted_rows_are_written_by_other_ranks(training_world, tmp_path, m
 
 def write_share(options: RegenerateOptions, rank: int, known_rows: int) -> None:
     """What rank `rank` of 2 does, with the rows that the interrupted run has left."""
-    import torch
-
     from deepspec.regeneration.setup import know_target
     from deepspec.regeneration.store import RowStore, done_rows
     from deepspec.regeneration.tasks import share_of, tasks_of
