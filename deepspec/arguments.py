@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar, cast, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from deepspec.checkpoints import CheckpointError
 from deepspec.config import ConfigError, near_match
@@ -69,24 +70,28 @@ def _end(message: str, wait: float) -> NoReturn:
 def parse_arguments(schema: type[Options], arguments: Sequence[str] | None = None) -> Options:
     """Read `key=value` words (default: the command line) into `schema`; `--help` prints its keys and exits.
 
-    Keys of a dataclass or dictionary inside are dotted: `target.path=...`, or `options={key: value}` at once.
+    Lists and dictionaries are written as in YAML, special characters in quotes: `key=[a,'*.b']`, `key={a: 1}`. Keys of
+    a dataclass or dictionary inside may also be dotted: `target.path=...`.
 
     Raises:
         ConfigError: an unknown key, a wrong type, or a key without a value that has no default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     assert is_dataclass(schema)
+    defaults = OmegaConf.structured(schema)
     if {"-h", "--help"} & set(words):
-        print(
-            (schema.__doc__ or "").strip()
-            + "\n\nkey=value, with the defaults:\n"
-            + OmegaConf.to_yaml(OmegaConf.structured(schema))
-        )
+        print((schema.__doc__ or "").strip() + "\n\nkey=value, with the defaults:\n" + OmegaConf.to_yaml(defaults))
         sys.exit(0)
     for word in words:
         _check_word(schema, word)
     try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(words))
+        config = OmegaConf.merge(defaults, OmegaConf.from_dotlist(words))
+    except YAMLError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{' '.join(words)}: cannot be read ({reason}); put what has special characters in quotes, as in "
+            "\"key=['*.jsonl',b]\""
+        ) from error
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error, words)) from error
     missing = OmegaConf.missing_keys(config)

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog")
 PROMPTS = ("prompt", "instruction", "question", "query", "problem")
-ANSWERS = ("response", "completion", "answer", "output", "solution", "chosen")
+ANSWERS = ("response", "completion", "output", "solution", "answer", "chosen")  # where several are there, the first
 ADDITIONS = ("input", "context")  # what a question is about
 SYSTEMS, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 IDS = ("id", "conversation_id", "uuid", "prompt_id")
@@ -112,8 +112,8 @@ def _conversations_of(
     for place, row in read_rows(source, on_bad_row=refuse):
         columns = tuple(name for name, value in row.items() if value is not None)
         if columns not in known:
-            known[columns] = recognise(columns) or recognise(row)
-        layout = known[columns]
+            known[columns] = recognise(columns)
+        layout = known[columns] or recognise(row)
         try:
             if layout is None:
                 raise RowError(f"{place}: {explain_columns(row)}")
