@@ -1,4 +1,4 @@
-"""A regeneration that is killed at any moment goes on: no row is lost, none is written twice, on any number of ranks."""
+"""A regeneration that is killed at any moment goes on: no row is lost, none written twice, on any number of ranks."""
 
 from __future__ import annotations
 

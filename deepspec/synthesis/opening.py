@@ -55,9 +55,7 @@ def find_opening(
     # A tokenizer joins a space with the word behind it, so the target writes that space itself.
     prompt_ids = tokenizer(before.rstrip(" "), add_special_tokens=False)["input_ids"]
     if not prompt_ids:
-        raise ConfigError(
-            "the chat template puts nothing before a user's text, so nothing tells the target to write one"
-        )
+        raise ConfigError("the chat template puts nothing before a user's text: nothing tells the target to write one")
     token = _special_at_start(tokenizer, behind.lstrip())
     if token is not None:
         return Opening(list(prompt_ids), (token,), ())
