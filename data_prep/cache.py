@@ -21,9 +21,9 @@ from data_prep.estimate import Contents, console, contents_of, in_words, run_wit
 from deepspec.config import CacheRun, ConfigError, near_match
 from deepspec.features.cache_check import damaged_descriptions, damaged_shards, discard
 from deepspec.features.cache_format import (
+    CachedRendering,
     CacheError,
     CacheSettings,
-    Rendering,
     read_settings,
     repair_command,
     shard_file,
@@ -113,7 +113,7 @@ def plan_of(run: CacheRun, contents: Contents) -> CachePlan:
         target_revision=run.target.revision,
         target_fingerprint=head.fingerprint,
         target_dtype=dtype_name(head.dtype),
-        rendering=Rendering.of(contents.tokenizer, run.data.template_options, run.data.max_length),
+        rendering=CachedRendering.of(contents.tokenizer, run.data),
         layer_ids=contents.layer_ids,
         hidden_size=contents.hidden_size,
         dtype=features.cache_dtype,

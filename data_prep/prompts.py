@@ -86,7 +86,7 @@ def check(options: PromptsOptions) -> None:
 @contextmanager
 def progress(source: str) -> Iterator[Callable[[int, int], None]]:
     """What is read and kept of a source: a bar in a terminal, plain lines elsewhere."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     started = told = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(source, total=None)

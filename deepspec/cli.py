@@ -65,10 +65,19 @@ def run_hydra(task: Callable[[Run], Any], config_name: str, schema: type[Run]) -
             return nullcontext()
         return answer_mistakes(lambda error: explain(error, schema), MISTAKES)
 
+    sys.argv[1:] = [let_into_dictionaries(word, schema) for word in sys.argv[1:]]
     traceback_wanted = "HYDRA_FULL_ERROR" in os.environ
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors on instead of printing them
     with answer():  # what the task raises is answered inside: Hydra would add a line of its own
         main()
+
+
+def let_into_dictionaries(word: str, schema: type) -> str:
+    """An override of a key that holds a dictionary, or of an entry of it, in the spelling that Hydra takes for new
+    entries too: `data.template_options.enable_thinking=false` needs no `+`."""
+    key = word.partition("=")[0]
+    free = [name for name, kind in leaf_types(schema).items() if kind.startswith("dict")]
+    return f"++{word}" if "=" in word and any(f"{key}.".startswith(f"{name}.") for name in free) else word
 
 
 def let_the_command_line_choose(config: DictConfig, overrides: Sequence[str]) -> None:

@@ -56,8 +56,10 @@ class DraftConfig:
 
 @dataclass
 class DataConfig:
-    train_files: list[str] = field(default_factory=list)  # JSONL of {"id", "messages": [{"role", "content"}]}
-    eval_files: list[str] = field(default_factory=list)  # same format; measured during training, never trained on
+    train_files: list[str] = field(
+        default_factory=list
+    )  # files, folders, patterns, hub:OWNER/NAME[:SPLIT]; docs/data.md
+    eval_files: list[str] = field(default_factory=list)  # likewise; measured during training, never trained on
     eval_samples: int | None = 512  # the first that many samples of eval_files are measured; null = all
     max_length: int = 4096  # tokens; a longer sample is truncated (its count is reported)
     min_supervised_tokens: int = 14  # samples with fewer assistant tokens are dropped (and counted)
@@ -65,6 +67,8 @@ class DataConfig:
     template_options: dict[str, Any] = field(
         default_factory=dict
     )  # passed to the template, e.g. {enable_thinking: false}
+    system_prompt: str | None = None  # goes before conversations that have no system message
+    on_bad_row: str = "stop"  # a row that cannot be used: stop with its file and line, or skip and count it
     num_workers: int = 0  # data loader processes per rank
 
 
@@ -135,7 +139,8 @@ class DecodeConfig:
 @dataclass
 class EvalConfig:
     sets: list[str] = field(default_factory=list)  # names of JSONL files in prompts_dir, without the ending
-    prompts_dir: str = "outputs/corpus/prompts"  # where the sets lie: one {"turns": [...]} a line
+    prompts_dir: str = "outputs/corpus/prompts"  # where the sets lie: one {"turns": [...], "system"?, "tools"?} a line
+    first_turn_only: bool = False  # of prompts with several turns only the first is decoded, as published numbers are
     limit: int | None = 500  # prompts per set
     temperatures: list[float] = field(default_factory=lambda: [1.0])
     allow_other_target: bool = False  # measure on a target of other weights than the draft was trained for
@@ -179,6 +184,15 @@ class CacheRun(TrainRun):
 
 
 @dataclass
+class InspectRun(TrainRun):
+    """All of `data_prep.inspect`: a training run, and what of its data to show."""
+
+    samples: int = 3  # shown in full
+    skip: int = 0  # samples before the first one shown
+    plot: str = "outputs/inspect/lengths.png"  # where the histogram of lengths goes
+
+
+@dataclass
 class EvalRun:
     """All of `eval.py`."""
 
@@ -197,6 +211,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "draft.algorithm": ("dspark", "dflash"),
     "draft.architecture": ("Qwen3DSparkModel", "Gemma4DSparkModel"),
     "draft.markov_head_type": ("vanilla", "gated", "rnn"),
+    "data.on_bad_row": ("stop", "skip"),
     "features.source": ("online", "cached", "served", "vllm"),
     "features.dtype": ("float32", "bfloat16", "float16"),
     "features.cache_dtype": ("float32", "bfloat16", "float8", "int8"),
@@ -255,6 +270,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "eval.limit": (1, None),
     "eval.temperatures": (0, None),
     "eval.bootstrap_samples": (1, None),
+    "samples": (0, None),
+    "skip": (0, None),
     "logging.log_steps": (1, None),
     "seed": (0, None),
 }

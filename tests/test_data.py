@@ -18,6 +18,7 @@ from deepspec.data.jsonl import DataError, check_file, read_jsonl
 from deepspec.data.packing import Document, Sample, anchor_candidates, lay_out
 from deepspec.data.sampler import BatchSplit, StepSampler, global_batch
 from deepspec.data.tokenizer import CHAT_TEMPLATE, MASK, train_tokenizer
+from deepspec.targets import load_tokenizer
 
 TURNS = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "2 + 3 = 5."}]
 
@@ -71,11 +72,15 @@ def test_prompt_is_a_prefix_of_the_conversation(tokenizer):
     assert rendered.loss_mask[len(prompt)] == 1
 
 
-def test_template_without_generation_markers_is_refused(tokenizer):
-    plain = train_tokenizer(["a b c"], 300)
+def test_template_without_generation_markers_gives_the_same_mask(tokenizer):
+    plain = load_tokenizer("builtin")
+    marked = render_conversation(plain, TURNS)
     plain.chat_template = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    with pytest.raises(ValueError, match="generation"):
-        render_conversation(plain, TURNS)
+    rendered = render_conversation(plain, TURNS)
+    length = len(rendered.input_ids)  # without what stands behind the last turn
+    assert rendered.input_ids == marked.input_ids[:length]
+    assert rendered.loss_mask == marked.loss_mask[:length]
+    assert not any(marked.loss_mask[length:])
 
 
 def test_tokenizer_round_trip_and_mask_token(tokenizer, tmp_path):
@@ -113,9 +118,9 @@ def test_dataset_is_made_anew_when_the_file_changes(tokenizer, tmp_path):
     ("row", "expected"),
     [
         ({"messages": TURNS[:1]}, "line 2: the conversation has no assistant turn"),
-        ({"messages": []}, "line 2: expected a non-empty list under 'messages'"),
-        ({"text": "x"}, "line 2: expected a non-empty list under 'messages', found the keys ['text']"),
-        ({"messages": [{"role": "user"}]}, "line 2: message 0 needs a string under 'role' and under 'content'"),
+        ({"messages": []}, "line 2: messages: the list is empty"),
+        ({"text": "x"}, "line 2: no known format: found the columns text. Plain text has no turns"),
+        ({"messages": [{"role": "user"}]}, "line 2: messages[0] (user): no content; the keys are role"),
     ],
 )
 def test_bad_row_names_file_and_line(tokenizer, tmp_path, row, expected):

@@ -220,8 +220,6 @@ def test_ids():
         ({"messages": TURNS, "system": 3}, "system: expected a text, found 3"),
         ({"prompt": 3, "response": "x"}, "prompt: expected a text or a list of messages, found 3"),
         ({"question": "a", "context": {"x": 1}, "answer": "b"}, "context: expected a text beside a prompt"),
-        ({"messages": [{"role": "user", "content": "smile \ud83d"}]}, "messages[0].content: half of a surrogate pair"),
-        ({"messages": [{**USER, "\udc00": 1}]}, "a key of messages[0]: half of a surrogate pair"),
         ({"text": "x"}, "no known format: found the columns text. Plain text has no turns"),
         ({"message": []}, "found the columns message. Rename 'message' to 'messages'"),
         ({"Prompt": "x"}, "Rename 'Prompt' to 'prompt'"),

@@ -16,15 +16,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_target_config
+from evaluation_world import small_evaluation
 from transformers import Qwen3ForCausalLM
 
-from deepspec.config import ConfigError, DataConfig, DecodeConfig, EvalConfig, EvalRun, TargetConfig
+from deepspec.config import ConfigError, DecodeConfig, EvalConfig, EvalRun
 from deepspec.data.chat import render_prompt
 from deepspec.data.jsonl import DataError
-from deepspec.data.tokenizer import train_tokenizer
 from deepspec.decoding import Completion, Request, SpeculativeEngine
 from deepspec.drafts import DSparkModel
-from deepspec.evaluation import evaluate, report, runner
+from deepspec.evaluation import decoder, evaluate, report, runner
 from deepspec.evaluation.plan import stop_tokens
 from deepspec.targets import load_target, load_tokenizer
 
@@ -34,34 +34,8 @@ PROMPTS = {"math": ["two plus two", "two", "What is two?"], "chat": ["What?", "p
 @pytest.fixture
 def config(tmp_path: Path, tiny_draft: Callable[..., DSparkModel]) -> EvalRun:
     """An evaluation of a random draft on two sets at two temperatures; the draft proposes 3 tokens a round."""
-    tokenizer = train_tokenizer(["What is two plus two?"], vocab_size=280)
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(tiny_target_config(vocab_size=len(tokenizer), max_position_embeddings=96))
-    model.save_pretrained(tmp_path / "target")
-    tokenizer.save_pretrained(tmp_path / "target")
-    target = load_target(str(tmp_path / "target"))
-    draft = tiny_draft(
-        target_changes={"vocab_size": len(tokenizer)}, block_size=3, mask_token_id=tokenizer.mask_token_id
-    )
-    draft.tie_to_target(target)
-    draft.save_pretrained(tmp_path / "draft")
-    (tmp_path / "prompts").mkdir()
-    for name, texts in PROMPTS.items():
-        lines = [json.dumps({"turns": [text]}) for text in texts]
-        (tmp_path / "prompts" / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return EvalRun(
-        checkpoint=str(tmp_path / "draft"),
-        target=TargetConfig(path=str(tmp_path / "target")),
-        data=DataConfig(),
-        decode=DecodeConfig(max_new_tokens=12, batch_size=2),
-        eval=EvalConfig(
-            sets=["math", "chat"],
-            prompts_dir=str(tmp_path / "prompts"),
-            temperatures=[1.0, 0.0],
-            bootstrap_samples=50,
-        ),
-        output_dir=str(tmp_path / "out"),
-    )
+    sets = {name: [{"turns": [text]} for text in texts] for name, texts in PROMPTS.items()}
+    return small_evaluation(tmp_path, tiny_draft, sets)
 
 
 @pytest.fixture
@@ -71,7 +45,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     original = SpeculativeEngine.generate
 
     def generate(self: SpeculativeEngine, requests: list[Request], **options: Any) -> list[Completion]:
-        if requests[0].max_new_tokens != runner.WARM_UP_TOKENS:
+        if requests[0].max_new_tokens != decoder.WARM_UP_TOKENS:
             sizes.append(len(requests))
         return original(self, requests, **options)
 
@@ -139,7 +113,7 @@ def test_an_interrupted_evaluation_goes_on(
     config: EvalRun, decoded: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reference = evaluate(dataclass_with(config, output_dir=config.output_dir + "_whole"))
-    decode, finished = runner._Decoder.decode, []
+    decode, finished = runner.Decoder.decode, []
 
     def stop_after_three(self: Any, chunk: Any, **options: Any) -> Any:
         if len(finished) == 3:
@@ -147,14 +121,14 @@ def test_an_interrupted_evaluation_goes_on(
         finished.append(chunk)
         return decode(self, chunk, **options)
 
-    monkeypatch.setattr(runner._Decoder, "decode", stop_after_three)
+    monkeypatch.setattr(runner.Decoder, "decode", stop_after_three)
     with pytest.raises(SystemExit):
         evaluate(config)
     assert "run the command again" in capsys.readouterr().out
     part = Path(config.output_dir) / "rounds-rank0.jsonl"
     with part.open("a") as file:
         file.write('{"settings": "torn')
-    monkeypatch.setattr(runner._Decoder, "decode", decode)
+    monkeypatch.setattr(runner.Decoder, "decode", decode)
     decoded.clear()
     resumed = evaluate(config)
     assert len(decoded) == 2 * (6 - 3)

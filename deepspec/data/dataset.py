@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import datasets
@@ -15,10 +16,15 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError
-from deepspec.data.chat import render_conversation
-from deepspec.data.jsonl import DataError, check_file, read_jsonl
+from deepspec.data.chat import Sample as Pieces
+from deepspec.data.chat import tokenize, write_samples
+from deepspec.data.conversation import Conversation
+from deepspec.data.formats import read_conversations
+from deepspec.data.jsonl import DataError, RowError
 from deepspec.data.packing import Sample
-from deepspec.files import sha256_of
+from deepspec.data.sources import source_digest
+from deepspec.data.surrogates import mend
+from deepspec.data.templates import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +36,11 @@ FEATURES = datasets.Features(
         "truncated": datasets.Value("bool"),
         "tokens": datasets.Value("int32"),
         "supervised": datasets.Value("int32"),
+        "problem": datasets.Value("string"),  # why the row cannot be used; "" = it can
     }
 )
+TOGETHER = 256  # conversations tokenized at once
+RENDERING = 2  # to be raised when the same conversation becomes other tokens
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -81,103 +90,140 @@ def tokenize_conversations(
     max_length: int,
     min_supervised_tokens: int,
     template_options: Mapping[str, Any] | None = None,
+    system_prompt: str | None = None,
+    template_name: str = "the chat template",
+    on_bad_row: str = "stop",
     cache_dir: str = "outputs/cache/tokenized",
 ) -> ConversationDataset:
-    """Render and tokenize JSONL files of `{"id"?, "messages": [{"role", "content"}, ...]}`.
+    """Render and tokenize conversations, see `deepspec.data.formats` for where they may come from.
 
-    The result is an Arrow file under `cache_dir`, named by a digest of the files' content, the tokenizer, the template,
-    its options and `max_length`: made once, never stale. Longer samples are cut to `max_length` tokens; samples
-    with fewer than `min_supervised_tokens` assistant tokens left are dropped; both are counted in the log.
+    The result is an Arrow file under `cache_dir`, named by a digest of the sources' content, the tokenizer, the
+    template, its options, the system prompt and `max_length`: made once, never stale. Longer samples are cut to
+    `max_length` tokens; samples with fewer than `min_supervised_tokens` assistant tokens left are dropped; both are
+    counted in the log.
+
+    Args:
+        template_name: for messages.
+        on_bad_row: stop, or skip and count.
 
     Raises:
-        DataError: a bad file or line, a row without an assistant turn, or no sample left.
+        DataError: a source that cannot be read, a bad row (with `stop`), or no sample left.
     """
-    options = dict(template_options or {})
-    digest = _content_digest(files, tokenizer, options, max_length)
-    try:
-        rows = datasets.Dataset.from_generator(
-            _tokenized_rows,
-            features=FEATURES,
-            cache_dir=cache_dir,
-            gen_kwargs={"files": list(files), "tokenizer": tokenizer, "options": options, "max_length": max_length},
-            fingerprint=digest,
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, DataError):
-            raise error.__cause__ from None
-        raise
-    supervised = np.asarray(rows.with_format("numpy")["supervised"][:])
-    kept = np.flatnonzero(supervised >= min_supervised_tokens)
-    truncated = int(np.asarray(rows.with_format("numpy")["truncated"][:]).sum())
-    if truncated:
+    template = ChatTemplate(tokenizer, template_options, system_prompt, template_name)
+    rows = tokenized_rows(files, template, max_length=max_length, on_bad_row=on_bad_row, cache_dir=cache_dir)
+    columns = rows.with_format("numpy")
+    supervised = np.asarray(columns["supervised"][:])
+    is_sample = np.array([not problem for problem in rows["problem"]], dtype=bool)
+    samples = int(is_sample.sum())
+    kept = np.flatnonzero((supervised >= min_supervised_tokens) & is_sample)
+    if problems := list(filter(None, rows["problem"])):
+        logger.warning("%d rows cannot be used and were skipped, the first: %s", len(problems), problems[0])
+    if truncated := int(np.asarray(columns["truncated"][:]).sum()):
         logger.warning(
-            "%d of %d samples are longer than data.max_length=%d and were cut", truncated, len(rows), max_length
+            "%d of %d samples are longer than data.max_length=%d and were cut", truncated, samples, max_length
         )
-    if len(kept) < len(rows):
+    if len(kept) < samples:
         logger.warning(
             "%d of %d samples have fewer than data.min_supervised_tokens=%d assistant tokens and were dropped",
-            len(rows) - len(kept),
-            len(rows),
+            samples - len(kept),
+            samples,
             min_supervised_tokens,
         )
     if len(kept) == 0:
         raise DataError(
-            f"{', '.join(files)}: no sample is left: all {len(rows)} have fewer than data.min_supervised_tokens="
+            f"{', '.join(files)}: no sample is left: all {samples} have fewer than data.min_supervised_tokens="
             f"{min_supervised_tokens} assistant tokens within data.max_length={max_length}; "
             "raise the length or lower the bound"
         )
     return ConversationDataset(rows.select(kept))
 
 
-def _tokenized_rows(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], max_length: int
-) -> Iterator[dict[str, Any]]:
-    for file in files:
-        for place, row in read_jsonl(file):
-            messages = _checked_messages(place, row)
+def tokenized_rows(
+    files: Sequence[str],
+    template: ChatTemplate,
+    *,
+    max_length: int,
+    on_bad_row: str = "stop",
+    cache_dir: str = "outputs/cache/tokenized",
+) -> datasets.Dataset:
+    """All samples with `FEATURES`, and a row with its `problem` for each that is none.
+
+    Raises:
+        DataError: a source that cannot be read, or a bad row (with `stop`).
+    """
+    arguments = {"files": list(files), "template": template, "max_length": max_length, "stops": on_bad_row == "stop"}
+    try:
+        rows = datasets.Dataset.from_generator(
+            _tokenized_rows,
+            features=FEATURES,
+            cache_dir=cache_dir,
+            gen_kwargs=arguments,
+            fingerprint=_content_digest(files, template, max_length),
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from None
+        raise
+    if on_bad_row == "stop" and (problem := next(filter(None, rows["problem"]), "")):
+        raise RowError(problem)
+    return rows
+
+
+def _tokenized_rows(files: list[str], template: ChatTemplate, max_length: int, stops: bool) -> Iterator[dict[str, Any]]:
+    problems: list[RowError] = []
+    conversations = read_conversations(files, on_bad_row=None if stops else problems.append)
+    for together in _batched(conversations, TOGETHER):
+        named: list[tuple[str, Pieces]] = []
+        for conversation in together:
             try:
-                rendered = render_conversation(tokenizer, messages, options)
+                samples = write_samples(template, conversation.messages, conversation.tools)
             except ValueError as error:
-                raise DataError(f"{place}: {error}") from error
+                problem = RowError(f"{conversation.place}: {error}")
+                if stops:
+                    raise problem from error
+                problems.append(problem)
+                continue
+            ids = [conversation.id] if len(samples) == 1 else [f"{conversation.id} {n}" for n in range(len(samples))]
+            named += zip(ids, samples, strict=True)
+        for (name, _), rendered in zip(named, tokenize(template.tokenizer, [s for _, s in named]), strict=True):
             loss_mask = rendered.loss_mask[:max_length]
             yield {
-                "id": str(row.get("id", place)),
+                "id": name,
                 "input_ids": rendered.input_ids[:max_length],
                 "loss_mask": loss_mask,
                 "truncated": len(rendered.input_ids) > max_length,
                 "tokens": len(loss_mask),
                 "supervised": sum(loss_mask),
+                "problem": "",
             }
+        yield from _problem_rows(problems)
+    yield from _problem_rows(problems)
 
 
-def _checked_messages(place: str, row: dict[str, Any]) -> list[dict[str, str]]:
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{place}: expected a non-empty list under 'messages', found the keys {sorted(row)}")
-    for number, message in enumerate(messages):
-        if not (
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-        ):
-            raise DataError(
-                f"{place}: message {number} needs a string under 'role' and under 'content', found {message!r:.80}"
-            )
-    return messages
+def _batched(conversations: Iterator[Conversation], count: int) -> Iterator[list[Conversation]]:
+    while together := list(islice(conversations, count)):
+        yield together
 
 
-def _content_digest(
-    files: Sequence[str], tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any], max_length: int
-) -> str:
+def _problem_rows(problems: list[RowError]) -> Iterator[dict[str, Any]]:
+    """Rows that are no samples; empties the list."""
+    nothing = {"input_ids": [], "loss_mask": [], "truncated": False, "tokens": 0, "supervised": 0}
+    for problem in problems:
+        yield {"id": "", **nothing, "problem": mend(str(problem))}
+    problems.clear()
+
+
+def _content_digest(files: Sequence[str], template: ChatTemplate, max_length: int) -> str:
     digest = hashlib.sha256()
     for file in files:
-        check_file(file)
-        digest.update(sha256_of(file).encode())
+        digest.update(source_digest(file).encode())
     settings = [
+        RENDERING,
         sorted(FEATURES),
-        tokenizer.chat_template,
-        sorted(tokenizer.get_vocab().items()),
-        dict(options),
+        template.tokenizer.chat_template,
+        sorted(template.tokenizer.get_vocab().items()),
+        template.options,
+        template.system_prompt,
         max_length,
         list(files),
     ]

@@ -13,7 +13,8 @@ from typing import Any
 from deepspec.data.conversation import Conversation, Message
 from deepspec.data.jsonl import DataError, OnBadRow, RowError, refuse_row
 from deepspec.data.sources import read_rows
-from deepspec.data.turns import find_lone_surrogate, messages_of, tools_of
+from deepspec.data.surrogates import mend
+from deepspec.data.turns import messages_of, tools_of
 from deepspec.text import some
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ def _conversations_of(
             raise DataError(f"{source}: none of the first {bad} rows can be used; the last one: {error}") from error
         refuse_row(error, on_bad_row)
 
+    mended = 0
     for place, row in read_rows(source, on_bad_row=refuse):
         columns = tuple(name for name, value in row.items() if value is not None)
         if columns not in known:
@@ -117,7 +119,9 @@ def _conversations_of(
         try:
             if layout is None:
                 raise RowError(f"{place}: {explain_columns(row)}")
-            conversation = convert(place, row, layout)
+            whole = mend(row)
+            mended += whole != row
+            conversation = convert(place, whole, layout)
         except RowError as error:
             refuse(error)
             continue
@@ -131,6 +135,10 @@ def _conversations_of(
         yield conversation
     if good == 0:
         raise DataError(f"{source}: none of the {bad} rows can be used")
+    if mended:
+        logger.warning(
+            "%s: %d rows held half of a surrogate pair, now U+FFFD, as an emoji that was cut", source, mended
+        )
 
 
 def convert(place: str, row: dict[str, Any], layout: Format) -> Conversation:
@@ -139,12 +147,6 @@ def convert(place: str, row: dict[str, Any], layout: Format) -> Conversation:
     Raises:
         RowError: naming the column and what is wrong with it.
     """
-    for column in layout.columns:
-        if key := find_lone_surrogate(column, row[column]):
-            raise RowError(
-                f"{place}: {key}: half of a surrogate pair (like \\ud83d), which no tokenizer can encode; it comes "
-                "from text that was cut inside an emoji: mend the text or drop the row"
-            )
     messages = _messages(place, row, layout)
     system = row[layout.system] if layout.system else None
     if system is not None and not isinstance(system, str):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from deepspec.config import near_match
@@ -140,26 +139,6 @@ def tools_of(place: str, column: str, value: Any) -> list[dict[str, Any]] | None
             tool = {"type": "function", "function": {name: part for name, part in tool.items() if name != "type"}}
         tools.append(tool)
     return tools
-
-
-def find_lone_surrogate(key: str, value: Any) -> str | None:
-    """The key of a text that no tokenizer can encode: JSON may hold half of a surrogate pair, as "\\ud83d"."""
-    if isinstance(value, str):
-        if value.isascii():
-            return None
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return key
-    elif isinstance(value, Mapping):
-        for name, part in value.items():
-            if found := find_lone_surrogate(f"{key}.{name}", part) or find_lone_surrogate(f"a key of {key}", name):
-                return found
-    elif isinstance(value, list):
-        for index, part in enumerate(value):
-            if found := find_lone_surrogate(f"{key}[{index}]", part):
-                return found
-    return None
 
 
 def _read_json(place: str, key: str, text: str) -> Any:

@@ -7,7 +7,7 @@ that also stands in any other set beside it is refused, so that no evaluation pr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from deepspec.data.jsonl import DataError, read_jsonl
+from deepspec.data.prompts import read_prompt
 from deepspec.decoding.calibration import RecordedRounds
 from deepspec.files import match_digests
 
@@ -104,10 +105,11 @@ def check_sets(names: list[str], prompts_dir: Path) -> None:
             f"eval.sets=[{CALIBRATION_SETS}_math,...]"
         )
     evaluated = {
-        _first_turn(row): place
+        turn: place
         for file in sorted(prompts_dir.glob("*.jsonl"))
         if not file.stem.startswith(CALIBRATION_SETS)
         for place, row in read_jsonl(file)
+        if (turn := _first_turn(row, place))
     }
     for name in names:
         file = prompts_dir / f"{name}.jsonl"
@@ -116,13 +118,16 @@ def check_sets(names: list[str], prompts_dir: Path) -> None:
                 f"{file}: no such set, so it cannot be compared with the evaluation sets; say where with prompts_dir="
             )
         for place, row in read_jsonl(file):
-            if (turn := _first_turn(row)) in evaluated:
+            if (turn := _first_turn(row, place)) in evaluated:
                 raise DataError(f"{place}: also an evaluation prompt ({evaluated[turn]}); remove it here")
 
 
-def _first_turn(row: Mapping[str, Any]) -> str:
-    turns = row.get("turns")
-    return str(turns[0]).strip() if isinstance(turns, list) and turns else ""
+def _first_turn(row: dict[str, Any], place: str) -> str | None:
+    """None where the row is no prompt."""
+    try:
+        return read_prompt(row, place).first_turn.strip()
+    except DataError:
+        return None
 
 
 def _rounds_of(records: list[tuple[str, dict[str, Any]]], block_size: int) -> tuple[RecordedRounds, dict[str, int]]:
@@ -131,9 +136,13 @@ def _rounds_of(records: list[tuple[str, dict[str, Any]]], block_size: int) -> tu
     prompts_of: dict[str, int] = {}
     for place, row in records:
         try:
-            for completion in row["speculative"]["completions"]:
-                number = sum(prompts_of.values())
-                prompts_of[row["set_name"]] = prompts_of.get(row["set_name"], 0) + 1
+            completions = row["speculative"]["completions"]
+            turns = row.get("turns") or [1] * len(completions)  # of each prompt; earlier versions decoded one
+            if sum(turns) != len(completions):
+                raise DataError(f"{place}: {sum(turns)} turns, but {len(completions)} completions; evaluate again")
+            owners = [prompt for prompt, count in enumerate(turns, sum(prompts_of.values())) for _ in range(count)]
+            prompts_of[row["set_name"]] = prompts_of.get(row["set_name"], 0) + len(turns)
+            for number, completion in zip(owners, completions, strict=True):
                 for proposed, accepted, given in whole_blocks(completion, block_size, place):
                     confidences.append(given + [np.nan] * (block_size - proposed))
                     counts.append((proposed, accepted))

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from deepspec.config import ConfigError, EvalRun
+from deepspec.config import ConfigError, DataConfig, EvalRun
 from deepspec.data.jsonl import DataError
+from deepspec.data.rendering import Rendering, as_in_training
 from deepspec.decoding.calibration import load_calibration
 from deepspec.decoding.policies import SCHEDULERS, PolicySetup, build_policy
 from deepspec.decoding.sps import SPS_FILE, SpsTable, load_table
@@ -31,6 +32,9 @@ from deepspec.targets import (
 )
 from deepspec.targets.weights import open_weights
 
+# An answer may take more tokens in a later prompt than were decoded: so many for each, and in all.
+RENDERED_AGAIN, RENDERED_MORE = 1.25, 32
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -40,12 +44,15 @@ class Chunk:
     temperature: float
     start: int  # place of the first one among those of the set that are decoded
     prompts: Sequence[Prompt]
+    max_length: int | None = None  # decode.max_length, which decides what later turns are too long
 
     @property
     def key(self) -> Key:
         """As of its `Record`."""
-        digest = digest_of([prompt.ids for prompt in self.prompts])
-        return (self.set_name, self.temperature, self.start, digest)
+        identities: list[Any] = [prompt.ids for prompt in self.prompts]
+        if any(prompt.later for prompt in self.prompts):
+            identities.append([[prompt.later for prompt in self.prompts], self.max_length])
+        return (self.set_name, self.temperature, self.start, digest_of(identities))
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class Plan:
     draft_weights: dict[str, str]  # file -> sha256
     policy_setup: PolicySetup  # on the CPU
     tokenizer: PreTrainedTokenizerBase
+    data: DataConfig  # its keys of rendering as they are used
+    rendering_note: str | None  # about them, for the user
     prompts: dict[str, list[Prompt]]  # by set, those that are decoded
     skipped: dict[str, int]  # by set, how many are too long
     chunks: list[Chunk]
@@ -80,14 +89,15 @@ def make_plan(config: EvalRun) -> Plan:
         raise ConfigError("eval.sets=[]: name at least one prompt set")
     if not config.eval.temperatures:
         raise ConfigError("eval.temperatures=[]: name at least one temperature")
-    target, options = config.target, config.data
+    target = config.target
     positions = position_range(load_target_config(target.path, target.revision, target.gguf_file))
     tokenizer = load_tokenizer(
-        target.path, revision=target.revision, gguf_file=target.gguf_file, chat_template=options.chat_template
+        target.path, revision=target.revision, gguf_file=target.gguf_file, chat_template=config.data.chat_template
     )
     dtype = resolve_dtype(target.dtype, target.path, revision=target.revision, gguf_file=target.gguf_file)
     folder = find_draft_folder(config.checkpoint)
     draft_config = read_draft_config(folder)
+    data, note = _rendered_as(config.data, tokenizer, draft_config)
     settings = DraftSettings.of(draft_config)
     setup = _policy_setup(config, settings, folder)
     build_policy(config.decode.policy, setup)  # or refuse
@@ -97,14 +107,16 @@ def make_plan(config: EvalRun) -> Plan:
             config.eval.prompts_dir,
             tokenizer,
             limit=config.eval.limit,
-            template_options=options.template_options,
+            template_options=data.template_options,
+            system_prompt=data.system_prompt,
+            first_turn_only=config.eval.first_turn_only,
         )
         for name in dict.fromkeys(config.eval.sets)
     }
     prompts = {name: _that_fit(of_set, name, config, positions, settings.block_size) for name, of_set in listed.items()}
     size = config.decode.batch_size
     chunks = [
-        Chunk(name, temperature, start, of_set[start : start + size])
+        Chunk(name, temperature, start, of_set[start : start + size], config.decode.max_length)
         for temperature in dict.fromkeys(config.eval.temperatures)
         for name, of_set in prompts.items()
         for start in range(0, len(of_set), size)
@@ -119,16 +131,34 @@ def make_plan(config: EvalRun) -> Plan:
         weights,
         setup,
         tokenizer,
+        data,
+        note,
         prompts,
         {name: len(of_set) - len(prompts[name]) for name, of_set in listed.items()},
         chunks,
         stops,
         positions,
         config.decode.max_length
-        or max(_needed(prompt, config, positions, settings.block_size) for of in prompts.values() for prompt in of),
+        or max(
+            _slot_length(prompt, config, positions, settings.block_size) for of in prompts.values() for prompt in of
+        ),
         dtype,
         digest_of([weights, target_identity(config), dtype_name(dtype), decoding, config.seed, stops]),
     )
+
+
+def _rendered_as(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, draft_config: PreTrainedConfig
+) -> tuple[DataConfig, str | None]:
+    """The keys of rendering, as the draft was trained where they are not given, and what to say about them."""
+    trained = Rendering.recorded_in(draft_config)
+    used = as_in_training(data, tokenizer, trained)
+    if trained is None:
+        return used, "how the draft's training rendered prompts is not recorded; data.template_options has to say it"
+    if differences := Rendering.of(tokenizer, used).differences(trained):
+        return used, f"prompts are rendered otherwise than the draft was trained: {'; '.join(differences)}"
+    special = [f"data.{key}={value}" for key, value in trained.keys_given().items()]
+    return used, f"prompts are rendered as the draft was trained: {', '.join(special)}" if special else None
 
 
 def _sps_table(config: EvalRun, draft_folder: Path) -> SpsTable | None:
@@ -158,14 +188,29 @@ def _policy_setup(config: EvalRun, settings: DraftSettings, draft_folder: Path) 
     )
 
 
-def new_tokens(prompt: Prompt, max_new_tokens: int, positions: int) -> int:
+def new_tokens(prompt_ids: Sequence[int], max_new_tokens: int, positions: int) -> int:
     """How many tokens may follow a prompt: `max_new_tokens`, or fewer where the target's positions end before."""
-    return min(max_new_tokens, positions - len(prompt.ids))
+    return min(max_new_tokens, positions - len(prompt_ids))
 
 
-def _needed(prompt: Prompt, config: EvalRun, positions: int, block_size: int) -> int:
+def _needed(prompt_ids: Sequence[int], config: EvalRun, positions: int, block_size: int) -> int:
     """Positions of a slot: the prompt, its answer and a block."""
-    return len(prompt.ids) + new_tokens(prompt, config.decode.max_new_tokens, positions) + block_size
+    return len(prompt_ids) + new_tokens(prompt_ids, config.decode.max_new_tokens, positions) + block_size
+
+
+def fits(prompt_ids: Sequence[int], config: EvalRun, positions: int, max_length: int, block_size: int) -> bool:
+    """Whether the target reads a prompt with room for an answer, and a slot of `max_length` positions holds both."""
+    return len(prompt_ids) < positions and _needed(prompt_ids, config, positions, block_size) <= max_length
+
+
+def _slot_length(prompt: Prompt, config: EvalRun, positions: int, block_size: int) -> int:
+    """Positions that all turns of a prompt need, if each answer is as long as it may be."""
+    if prompt.later is None:
+        return _needed(prompt.ids, config, positions, block_size)
+    answers = len(prompt.given) - 1
+    without_answers = len(prompt.ids_after([""] * answers))
+    longest = without_answers + answers * (int(config.decode.max_new_tokens * RENDERED_AGAIN) + RENDERED_MORE)
+    return min(longest + config.decode.max_new_tokens, positions) + block_size
 
 
 def _that_fit(
@@ -183,7 +228,7 @@ def _that_fit(
             f"and target {config.target.path} reads at most {positions} with room for an answer"
         )
     given = config.decode.max_length
-    needed = {prompt.index: _needed(prompt, config, positions, block_size) for prompt in readable}
+    needed = {prompt.index: _needed(prompt.ids, config, positions, block_size) for prompt in readable}
     if given is None or given >= max(needed.values()):
         return readable
     if given < min(needed.values()):

@@ -55,7 +55,7 @@ class EvaluationProgress:
         rounds = [r for completion in record.speculative.completions for r in completion.rounds]
         self._emitted[group] += sum(r.emitted for r in rounds)
         self._rounds[group] += len(rounds)
-        self._done += len(record.speculative.completions)
+        self._done += len(record.by_prompt())
         tau = f"tau {self._emitted[group] / self._rounds[group]:.2f}" if self._rounds[group] else "tau -"
         figures = f"{record.set_name}, temperature {record.temperature:g}: {tau}"
         if self._bar:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,7 +27,7 @@ class Decoding:
     """One way of decoding a chunk."""
 
     seconds: float  # wall time of the whole chunk
-    completions: list[Completion]  # one per prompt
+    completions: list[Completion]  # prompt after prompt, of each its turns
 
     @property
     def tokens(self) -> int:
@@ -43,6 +44,14 @@ class Record:
     prompts: str  # digest of the rendered prompts
     speculative: Decoding
     plain: Decoding | None  # without the draft; None when no baseline was asked for
+    turns: list[int] = field(
+        default_factory=list
+    )  # how many were decoded of each prompt; [] = one, as earlier versions
+
+    def by_prompt(self) -> list[list[Completion]]:
+        """What was decoded with the draft: of each prompt, its turns."""
+        remaining = iter(self.speculative.completions)
+        return [list(islice(remaining, turns)) for turns in self.turns or [1] * len(self.speculative.completions)]
 
     @property
     def key(self) -> Key:

@@ -15,7 +15,10 @@ from deepspec.evaluation.plots import confident, result_at, set_at, sets_of, tem
 from deepspec.evaluation.report_inputs import ReportInputs
 from deepspec.evaluation.summary import is_other_target, show_estimate, show_number
 
-COMPARABLE_SETTINGS = ("target.path", "decode.", "seed", "eval.limit", "eval.prompts_dir", "data.template_options")
+COMPARABLE_SETTINGS = (
+    *("target.path", "decode.", "seed", "eval.limit", "eval.prompts_dir", "eval.first_turn_only"),
+    "data.template_options",
+)
 Metrics = Mapping[str, Any]
 LONGEST_SAMPLE = 1500  # characters
 _table = partial(markdown_table, text_columns=2)
@@ -89,6 +92,14 @@ def _cautions(evaluations: Mapping[str, Metrics]) -> list[str]:
         for name, metrics in evaluations.items()
         for set_name, values in metrics["results"][0]["sets"].items()
         if values.get("skipped")
+    ]
+    notes += [
+        f"> {name}: {values['skipped_turns']} later turns of {set_name} became too long at temperature "
+        f"{result['temperature']:g} and were not decoded."
+        for name, metrics in evaluations.items()
+        for result in metrics["results"]
+        for set_name, values in result["sets"].items()
+        if values.get("skipped_turns")
     ]
     notes += [
         f"> {name}: measured on a target of other weights than those it was trained for."

@@ -1,16 +1,15 @@
 """Measure a draft: decode prompt sets with it and, interleaved, without it (DSpark section 5).
 
 Chunks of prompts are dealt out to the ranks; each chunk is decoded both ways, one after the other, so that whatever
-slows the machine slows both and the speed-up is a ratio of pairs. Which way goes first alternates.
+slows the machine slows both and the speed-up is a ratio of pairs. Which way goes first alternates. What a chunk of
+prompts with several turns goes through is in `deepspec.evaluation.decoder`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,18 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from deepspec.config import EvalRun, flatten
-from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+from deepspec.decoding import DSparkProposer, SpeculativeEngine
 from deepspec.decoding.policies import build_policy
 from deepspec.decoding.recorded_rounds import METRICS_FILE
 from deepspec.drafts import load_draft
 from deepspec.environment import command_line, machine, versions
-from deepspec.evaluation.plan import Chunk, Plan, make_plan, new_tokens
+from deepspec.evaluation.decoder import Decoder
+from deepspec.evaluation.plan import Chunk, Plan, make_plan
 from deepspec.evaluation.progress import EvaluationProgress, make_console
-from deepspec.evaluation.records import Decoding, Key, Record, RecordStore
-from deepspec.evaluation.sets import Prompt
+from deepspec.evaluation.records import Key, Record, RecordStore
 from deepspec.evaluation.summary import print_table, results_of, samples_of, write_results
 from deepspec.ranks import start_ranks
 from deepspec.targets import describe_target, dtype_name, load_target
-
-WARM_UP_TOKENS = 8
 
 
 def evaluate(config: EvalRun) -> dict[str, Any]:
@@ -52,6 +49,8 @@ def evaluate(config: EvalRun) -> dict[str, Any]:
         plan = make_plan(config)
     store = RecordStore(config.output_dir, plan.settings_digest, state.process_index)
     console = make_console(is_main=state.is_main_process)
+    if plan.rendering_note:
+        console.print(plan.rendering_note, soft_wrap=True, markup=False)
     for name, count in plan.skipped.items():
         if count:
             console.print(f"{name}: {count} prompts are too long and are skipped", soft_wrap=True)
@@ -106,58 +105,6 @@ def _known_records(store: RecordStore, wanted: Sequence[Key], baseline: bool, co
     return {record.key: record for record in gather_object(usable)}
 
 
-@dataclass(frozen=True)
-class _Decoder:
-    """Both ways of decoding a chunk."""
-
-    config: EvalRun
-    plan: Plan
-    speculative: SpeculativeEngine
-    plain: SpeculativeEngine | None
-
-    def decode(self, chunk: Chunk, *, plain_first: bool) -> Record:
-        plain = self._timed(self.plain, chunk) if self.plain and plain_first else None
-        speculative = self._timed(self.speculative, chunk)
-        if self.plain and not plain_first:
-            plain = self._timed(self.plain, chunk)
-        return Record(*chunk.key, speculative=speculative, plain=plain)
-
-    def warm_up(self, chunk: Chunk) -> None:
-        """Decode a few tokens, so that no chunk pays for first-time allocations."""
-        for engine in filter(None, (self.speculative, self.plain)):
-            engine.generate(self._requests(chunk, WARM_UP_TOKENS))
-
-    def _timed(self, engine: SpeculativeEngine, chunk: Chunk) -> Decoding:
-        requests = self._requests(chunk, self.config.decode.max_new_tokens)
-        started = time.perf_counter()
-        completions = engine.generate(requests)
-        return Decoding(time.perf_counter() - started, completions)
-
-    def _requests(self, chunk: Chunk, max_new_tokens: int) -> list[Request]:
-        decode = self.config.decode
-        return [
-            Request(
-                prompt_ids=prompt.ids,
-                max_new_tokens=new_tokens(prompt, min(max_new_tokens, decode.max_new_tokens), self.plan.positions),
-                temperature=chunk.temperature,
-                top_k=decode.top_k,
-                top_p=decode.top_p,
-                min_p=decode.min_p,
-                repetition_penalty=decode.repetition_penalty,
-                seed=request_seed(self.config.seed, chunk.set_name, prompt),
-                stop_token_ids=self.plan.stop_token_ids,
-                stop_strings=tuple(decode.stop_strings),
-            )
-            for prompt in chunk.prompts
-        ]
-
-
-def request_seed(seed: int, set_name: str, prompt: Prompt) -> int:
-    """A stream of its own for each prompt, whatever rank and batch it is in."""
-    digest = hashlib.sha256(f"{seed}/{set_name}/{prompt.index}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")
-
-
 def _decode(
     config: EvalRun, plan: Plan, chunks: list[Chunk], store: RecordStore, state: PartialState
 ) -> tuple[list[Record], str]:
@@ -178,7 +125,7 @@ def _decode(
     return made, decoder.speculative.target.fingerprint
 
 
-def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
+def _load(config: EvalRun, plan: Plan, device: torch.device) -> Decoder:
     target = load_target(
         config.target.path,
         revision=config.target.revision,
@@ -210,7 +157,7 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> _Decoder:
     plain = None
     if config.eval.baseline:
         plain = SpeculativeEngine(target, slots=config.decode.batch_size, max_length=plan.max_length, decode=text_of)
-    return _Decoder(config, plan, speculative, plain)
+    return Decoder(config, plan, speculative, plain, text_of)
 
 
 def _measured_on(store: RecordStore) -> dict[str, Any]:
@@ -236,6 +183,7 @@ def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record], fingerprint
         bootstrap_samples=config.eval.bootstrap_samples,
         seed=config.seed,
         skipped=plan.skipped,
+        asked={name: [len(prompt.given) for prompt in of_set] for name, of_set in plan.prompts.items()},
     )
     checkpoint = Path(config.checkpoint)
     draft = {
@@ -259,7 +207,7 @@ def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record], fingerprint
         "draft": draft,
         "target": target,
         "results": results,
-        "settings": flatten(config) | {"target.dtype": dtype_name(plan.target_dtype)},
+        "settings": flatten(replace(config, data=plan.data)) | {"target.dtype": dtype_name(plan.target_dtype)},
         "settings_digest": plan.settings_digest,
         "machine": machine(),
         "versions": versions(),

@@ -44,12 +44,14 @@ def results_of(
     bootstrap_samples: int,
     seed: int,
     skipped: Mapping[str, int],
+    asked: Mapping[str, Sequence[int]],
 ) -> list[dict[str, Any]]:
     """Per temperature: `sets` (name -> metrics of `set_metrics`), `macro`, the mean over the sets, and `reliability` of
     the confidences, pooled over the sets.
 
     Args:
         skipped: by set, prompts that were too long.
+        asked: by set, how many turns each of the others has.
     """
     grouped: dict[tuple[str, float], list[Record]] = {(s, t): [] for t in temperatures for s in sets}
     for record in sorted(records, key=lambda record: record.start):
@@ -59,7 +61,7 @@ def results_of(
         of_sets = {name: grouped[name, temperature] for name in sets}
         resampler = Resampler(bootstrap_samples, seed)
         metrics = {
-            name: {"skipped": skipped[name]}
+            name: {"skipped": skipped[name], "skipped_turns": _skipped_turns(chunks, asked[name])}
             | set_metrics(chunks, block_size=block_size, baseline=baseline, resampler=resampler)
             for name, chunks in of_sets.items()
         }
@@ -79,12 +81,13 @@ def set_metrics(records: Sequence[Record], *, block_size: int, baseline: bool, r
     """Everything reported about one set at one temperature.
 
     Token speeds are per process, over the wall time of whole chunks, prefill included. `identical_to_plain` is the
-    share of prompts whose greedy output is the same with and without the draft; below 1 only by ties in rounding.
+    share of turns whose greedy output is the same with and without the draft; below 1 only by ties in rounding.
     """
     completions = _completions(records)
     rounds = [r for completion in completions for r in completion.rounds]
     metrics: dict[str, Any] = {
-        "prompts": len(completions),
+        "prompts": len(_prompts(records)),
+        "turns": len(completions),  # of the prompts, that were decoded
         "rounds": len(rounds),
         "output_tokens": sum(len(completion.output_ids) for completion in completions),
         "stopped": sum(completion.finish_reason == "stop" for completion in completions),
@@ -104,20 +107,33 @@ def set_metrics(records: Sequence[Record], *, block_size: int, baseline: bool, r
         metrics["speedup"] = speedup_estimate([_pace(records)], resampler).as_dict()
         if records[0].temperature == 0:
             metrics["identical_to_plain"] = _identical(records)
-    of_prompts = [completion.rounds for completion in completions]
+    of_prompts = [[r for completion in turns for r in completion.rounds] for turns in _prompts(records)]
     metrics["cond_accept_estimates"] = cond_accept_estimates(of_prompts, block_size, resampler)
     return metrics
+
+
+def _prompts(records: Iterable[Record]) -> list[list[Completion]]:
+    """The turns of each prompt. They are one unit of resampling: rounds of one conversation are not independent."""
+    return [turns for record in records for turns in record.by_prompt()]
 
 
 def _completions(records: Iterable[Record]) -> list[Completion]:
     return [completion for record in records for completion in record.speculative.completions]
 
 
+def _skipped_turns(records: Iterable[Record], asked: Sequence[int]) -> int:
+    """Turns that were not decoded since they had become too long."""
+    return sum(
+        wanted - len(turns)
+        for wanted, turns in zip(asked, _prompts(records), strict=True)
+        if turns[-1].finish_reason != "error"
+    )
+
+
 def _tokens_and_rounds(records: Sequence[Record]) -> tuple[list[float], list[float]]:
     """Per prompt: tokens that rounds emitted, and rounds."""
-    completions = _completions(records)
-    emitted = [float(sum(r.emitted for r in completion.rounds)) for completion in completions]
-    return emitted, [float(len(completion.rounds)) for completion in completions]
+    rounds = [[r for completion in turns for r in completion.rounds] for turns in _prompts(records)]
+    return [float(sum(r.emitted for r in of)) for of in rounds], [float(len(of)) for of in rounds]
 
 
 def _pace(records: Sequence[Record]) -> Pace:
@@ -147,17 +163,20 @@ def _identical(records: Sequence[Record]) -> float:
 
 
 def samples_of(records: Iterable[Record], prompts: Mapping[str, Sequence[Prompt]], decode: Any) -> list[dict[str, Any]]:
-    """The first prompts of each set with what was written: `set`, `temperature`, `prompt`, `text`, `tau`.
+    """The first prompts of each set with what was written: `set`, `temperature`, `prompt`, `text`, `tau`, and of later
+    turns `turn`, from 2.
 
     Args:
         decode: token ids to text.
     """
     rows = []
     for record in sorted(records, key=lambda record: (record.temperature, record.set_name, record.start)):
-        for index, completion in enumerate(record.speculative.completions, start=record.start):
-            if index < SAMPLES_PER_SET:
+        for index, turns in enumerate(record.by_prompt(), start=record.start):
+            for turn, completion in enumerate(turns if index < SAMPLES_PER_SET else []):
                 row = {"set": record.set_name, "temperature": record.temperature}
-                row |= {"prompt": prompts[record.set_name][index].text, "text": decode(completion.output_ids)}
+                row |= {"turn": turn + 1} if turn else {}
+                prompt = prompts[record.set_name][index]
+                row |= {"prompt": prompt.text_of(turn), "text": decode(completion.output_ids)}
                 rows.append(row | {"tau": tau_of(completion.rounds)})
     return rows
 
@@ -200,12 +219,19 @@ def print_table(metrics: Mapping[str, Any], console: Console) -> None:
             ]
             digits = [show_number(number, places) for number, places in zip(numbers, (2, 1, 1), strict=True)]
             tau, speedup = show_estimate(values["tau"]), show_estimate(values["speedup"], "x")
-            prompts = f"{values['prompts']}" + (f" (+{values['skipped']} too long)" if values["skipped"] else "")
+            prompts = f"{values['prompts']}" + _notes(values)
             table.add_row(temperature, name, prompts, tau, *digits, speedup)
         macro = result["macro"]
         mean = show_estimate(macro["tau"]), "", "", "", show_estimate(macro["speedup"], "x")
         table.add_row(temperature, "mean of sets", "", *mean, style="bold", end_section=True)
     console.print(table)
+
+
+def _notes(values: Mapping[str, Any]) -> str:
+    notes = [f"{values['turns']} turns"] if values["turns"] != values["prompts"] else []
+    notes += [f"+{values['skipped']} too long"] if values["skipped"] else []
+    notes += [f"+{values['skipped_turns']} turns too long"] if values["skipped_turns"] else []
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 def show_number(value: float | None, places: int = 2) -> str:

@@ -26,8 +26,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from deepspec.config import DataConfig
 from deepspec.data.jsonl import DataError
 from deepspec.data.packing import anchor_candidates
+from deepspec.data.rendering import Rendering
 
 SCHEMA_VERSION = 1
 KEY_BYTES = 16
@@ -93,21 +95,28 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 @dataclass(frozen=True)
-class Rendering:
+class CachedRendering:
     """How conversations became token ids."""
 
     tokenizer: str  # SHA-256
     chat_template: str  # SHA-256
     template_options: dict[str, Any]
     max_length: int
+    system_prompt: str | None = None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, template_options: dict[str, Any], max_length: int) -> Rendering:
-        vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()))
-        options = json.loads(json.dumps(template_options, default=str))
-        return cls(_sha256(vocabulary), _sha256(str(tokenizer.chat_template)), options, max_length)
+    def of(cls, tokenizer: PreTrainedTokenizerBase, data: DataConfig) -> CachedRendering:
+        rendering = Rendering.of(tokenizer, data)
+        vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+        return cls(
+            vocabulary,
+            rendering.template_sha256,
+            rendering.template_options,
+            data.max_length,
+            rendering.system_prompt,
+        )
 
-    def differences(self, cached: Rendering) -> list[str]:
+    def differences(self, cached: CachedRendering) -> list[str]:
         """In words, what is otherwise in the cache."""
         found = []
         if self.max_length != cached.max_length:
@@ -116,6 +125,10 @@ class Rendering:
             found.append(
                 f"data.template_options={self.template_options}, but the cache was written with "
                 f"{cached.template_options}"
+            )
+        if self.system_prompt != cached.system_prompt:
+            found.append(
+                f"data.system_prompt={self.system_prompt}, but the cache was written with {cached.system_prompt}"
             )
         if self.chat_template != cached.chat_template:
             found.append("the chat template is another one (data.chat_template, or the tokenizer's own)")
@@ -132,7 +145,7 @@ class CacheSettings:
     target_revision: str | None
     target_fingerprint: str
     target_dtype: str  # that it computed in, and that features are given in
-    rendering: Rendering
+    rendering: CachedRendering
     layer_ids: list[int]  # captured layers, in the order they lie in the context
     hidden_size: int
     dtype: str  # a name in STORAGES
@@ -157,7 +170,7 @@ class CacheSettings:
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> CacheSettings:
         """Raises KeyError or TypeError where the content does not fit."""
-        return cls(**(content | {"rendering": Rendering(**content["rendering"])}))
+        return cls(**(content | {"rendering": CachedRendering(**content["rendering"])}))
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from deepspec.features.cache_format import (
     DOCUMENTS,
     KEY_BYTES,
     MANIFEST,
+    CachedRendering,
     CacheError,
     Manifest,
-    Rendering,
     checksum,
     document_key,
     read_manifest,
@@ -50,7 +50,7 @@ class CachedFeatures:
         target_fingerprint: str,
         target_dtype: str,
         layer_ids: Sequence[int],
-        rendering: Rendering,
+        rendering: CachedRendering,
         device: torch.device,
     ):
         """

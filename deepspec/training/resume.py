@@ -22,6 +22,7 @@ from deepspec.checkpoints import (
     verify_checkpoint,
 )
 from deepspec.config import ConfigError, TrainRun, flatten
+from deepspec.data.sources import source_digest
 from deepspec.files import sha256_of
 from deepspec.targets import dtype_name, resolve_dtype
 from deepspec.training.devices import launcher_name
@@ -37,6 +38,7 @@ FREE_KEYS = {
     "data.eval_files",
     "data.eval_samples",
     "data.chat_template",
+    "data.on_bad_row",
     "data.num_workers",
     "target.path",
     "target.revision",
@@ -168,7 +170,7 @@ def run_identity(config: TrainRun) -> dict[str, Any]:
     target = config.target
     dtype = resolve_dtype(target.dtype, target.path, revision=target.revision, gguf_file=target.gguf_file)
     identity["target.dtype"] = dtype_name(dtype)
-    identity[TRAIN_DATA] = [_content(file) for file in config.data.train_files]
+    identity[TRAIN_DATA] = [source_digest(file) for file in config.data.train_files]
     identity[CHAT_TEMPLATE] = _content(config.data.chat_template)
     return json.loads(json.dumps(identity, default=str))
 

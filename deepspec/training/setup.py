@@ -14,8 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from deepspec.config import ConfigError, TrainRun
 from deepspec.data.dataset import ConversationDataset, check_vocabulary, tokenize_conversations
 from deepspec.data.mask_token import find_mask_token
+from deepspec.data.rendering import Rendering, template_name
 from deepspec.drafts import DraftSettings, DSparkModel, build_draft, build_draft_config, engine_limits, load_draft
-from deepspec.features import CachedFeatures, FeatureSource, OnlineFeatures, Rendering
+from deepspec.features import CachedFeatures, CachedRendering, FeatureSource, OnlineFeatures
 from deepspec.features.served import connect_served
 from deepspec.features.vllm import connect_vllm
 from deepspec.ranks import ranks_on_this_machine
@@ -98,6 +99,7 @@ def prepare_materials(
         check_target(target)
     draft_config.target_fingerprint = target.fingerprint
     draft_config.target_gguf_file = config.target.gguf_file
+    Rendering.of(tokenizer, config.data).record_in(draft_config)
     if checkpoint is None:
         draft = _new_draft(config, draft_config, target)
     else:
@@ -190,7 +192,7 @@ def _feature_source(
         target_fingerprint=target.fingerprint,
         target_dtype=dtype_name(target.dtype),
         layer_ids=layer_ids,
-        rendering=Rendering.of(tokenizer, config.data.template_options, config.data.max_length),
+        rendering=CachedRendering.of(tokenizer, config.data),
         device=device,
     )
 
@@ -284,4 +286,7 @@ def _dataset(config: TrainRun, files: list[str], tokenizer: PreTrainedTokenizerB
         max_length=config.data.max_length,
         min_supervised_tokens=config.data.min_supervised_tokens,
         template_options=config.data.template_options,
+        system_prompt=config.data.system_prompt,
+        template_name=template_name(config.data, config.target),
+        on_bad_row=config.data.on_bad_row,
     )
