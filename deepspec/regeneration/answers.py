@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.data.conversation import Message
+from deepspec.data.templates import Tools
 from deepspec.regeneration.text import all_text
 from deepspec.regeneration.writer import Answer
 
@@ -35,9 +36,7 @@ class AnswerReader:
         self._ends = [all_text(tokenizer, [token]) for token in stop_token_ids]
         self._has_parser = getattr(tokenizer, "response_template", None) is not None
 
-    def message_of(
-        self, answer: Answer, prompt_ids: Sequence[int], tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> dict[str, Any]:
+    def message_of(self, answer: Answer, prompt_ids: Sequence[int], tools: Tools = None) -> dict[str, Any]:
         """An assistant message: `role`, `content`, what else the answer has (`thinking`, `tool_calls`, ...), `raw` and
         `finish_reason`.
 
@@ -57,9 +56,7 @@ class AnswerReader:
         end = max((end for end in self._ends if end and raw.endswith(end)), key=len, default="")
         return raw.removesuffix(end)
 
-    def _parsed(
-        self, raw: str, prompt_ids: Sequence[int], tools: Sequence[Mapping[str, Any]] | None
-    ) -> dict[str, Any] | None:
+    def _parsed(self, raw: str, prompt_ids: Sequence[int], tools: Tools) -> dict[str, Any] | None:
         """By the tokenizer's own parser, if it has one that understands the answer."""
         if not self._has_parser:
             return None

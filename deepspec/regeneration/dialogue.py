@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from deepspec.data.conversation import Conversation, Message
+from deepspec.data.templates import Tools
 from deepspec.regeneration.answers import calls_of
 
 
@@ -49,7 +50,7 @@ class Dialogue:
         self._steps = deque(_steps(given))
 
     @property
-    def tools(self) -> Sequence[Mapping[str, Any]] | None:
+    def tools(self) -> Tools:
         return self.task.conversation.tools
 
     def next_prompt(self) -> list[Message] | None:

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError
 from deepspec.data.chat import render_prompt
 from deepspec.data.conversation import Message
+from deepspec.data.templates import Tools
 from deepspec.decoding import DSparkProposer, SpeculativeEngine
 from deepspec.drafts import load_draft
-from deepspec.regeneration.answers import AnswerReader, shown
+from deepspec.regeneration.answers import AnswerReader
 from deepspec.regeneration.engine_writer import EngineWriter
 from deepspec.regeneration.options import TargetOptions, WritingOptions
 from deepspec.regeneration.server_writer import ServerWriter
@@ -55,13 +55,9 @@ class Speaker:
         """Name and beginning of the fingerprint."""
         return self.name if self.fingerprint is None else f"{self.name}@{self.fingerprint[:12]}"
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
-        """Raises ValueError for turns that the template cannot render."""
-        try:
-            turns = [shown(message) for message in messages]
-            return render_prompt(self.tokenizer, turns, self.template_options, tools=tools)
-        except (TemplateError, TypeError, KeyError) as error:
-            raise ValueError(f"the chat template cannot render it: {error}") from error
+    def prompt(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
+        """Raises TemplateError for turns that the template cannot render."""
+        return render_prompt(self.tokenizer, messages, self.template_options, tools=tools)
 
     def settings(self) -> dict[str, Any]:
         """What rows depend on, for the record."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from deepspec.data.conversation import Message
 from deepspec.data.jsonl import DataError
+from deepspec.data.templates import Tools
 
 
 class WriterError(DataError):
@@ -37,7 +38,7 @@ class Question:
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     messages: Sequence[Message] | None = None  # the same as turns, for servers that only chat
-    tools: Sequence[Mapping[str, Any]] | None = None
+    tools: Tools = None
 
 
 @dataclass(frozen=True)

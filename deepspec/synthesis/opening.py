@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError
+from deepspec.data.templates import ChatTemplate, TemplateError
 
 SENTINEL = "Qzx7sentinel7xzQ"  # stands for the user's text; no template has it
 
@@ -36,17 +36,14 @@ def find_opening(
     Raises:
         ConfigError: the template cannot render it, or changes the user's text.
     """
-    turns = [{"role": "user", "content": SENTINEL}]
-    if system_prompt is not None:
-        turns.insert(0, {"role": "system", "content": system_prompt})
+    template = ChatTemplate(tokenizer, template_options, system_prompt)
+    turns = template.with_system_prompt([{"role": "user", "content": SENTINEL}])
     try:
-        rendered: Any = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, **dict(template_options)
-        )
-    except (TemplateError, TypeError, KeyError) as error:
+        rendered = template.text(template.readable(turns, None), None, is_prompt=True)
+    except TemplateError as error:
         what = "" if system_prompt is None else " with a system prompt; leave system_prompts and topics out"
-        raise ConfigError(f"the chat template cannot render a user's turn{what}: {error}") from error
-    before, found, behind = str(rendered).partition(SENTINEL)
+        raise ConfigError(f"no opening of a user's turn{what}: {error}") from error
+    before, found, behind = rendered.partition(SENTINEL)
     if not found or SENTINEL in behind:
         raise ConfigError(
             "the chat template does not show a user's text once and as it is, so its opening cannot be found; give "
