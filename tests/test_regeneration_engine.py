@@ -213,6 +213,7 @@ def test_keys_of_the_command_line():
         ({"top_p": 0.0}, "top_p=0.0: must be above 0"),
         ({"urls": ["localhost:8000"]}, "must begin with http"),
         ({"answers": 0}, "answers=0: must be at least 1"),
+        ({"answers": 2, "temperature": 0.0}, "answers=2: at temperature=0"),
         ({"max_length": 10**6}, "the target has 32768 positions"),
         ({"batch_size": 0}, "batch_size=0: must be at least 1"),
     ],

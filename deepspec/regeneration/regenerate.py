@@ -106,6 +106,8 @@ def check_regenerate_options(options: RegenerateOptions) -> None:
         raise ConfigError("prompts=[]: name at least one file")
     if options.answers < 1:
         raise ConfigError(f"answers={options.answers}: must be at least 1")
+    if options.answers > 1 and options.temperature == 0:
+        raise ConfigError(f"answers={options.answers}: at temperature=0 all answers of a prompt are the same")
 
 
 def settings_of(options: RegenerateOptions, speaker: Speaker) -> dict[str, Any]:

@@ -162,7 +162,8 @@ class ServerWriter:
         positions = min(self.limit, server.positions or self.limit)
         most = min(question.max_new_tokens, positions - len(question.prompt_ids))
         if most < 1:
-            raise Refused(f"a prompt of {len(question.prompt_ids)} tokens; {server.url} has {positions} positions")
+            length = len(question.prompt_ids)
+            raise Refused(f"a prompt of {length} tokens; {server.url} has {positions} positions", is_certain=True)
         sampling = self._options.sampling
         if not server.only_chats:
             body = completion_body(question, sampling, server.model, most)

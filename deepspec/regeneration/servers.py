@@ -31,7 +31,11 @@ class Unavailable(Exception):
 
 
 class Refused(Exception):
-    """A server says that this question cannot be answered."""
+    """This question cannot be answered."""
+
+    def __init__(self, reason: str, *, is_certain: bool = False):
+        super().__init__(reason)
+        self.is_certain = is_certain  # else a server says so, which may not understand the requests at all
 
 
 @dataclass
@@ -140,12 +144,15 @@ class Servers:
                         return entry
                 await self._changed.wait()
 
+    def _has_room(self, server: Server) -> bool:
+        return not server.failures and server.is_known and server.under_way < self._concurrency
+
     def _limit_of(self, server: Server) -> int:
         return 1 if server.failures else self._concurrency
 
     def _pick(self, server: Server) -> Entry | None:
         """The first question that did not fail here, unless no other server could take it."""
-        others = {other.url for other in self.servers if other is not server and not other.failures}
+        others = {other.url for other in self.servers if other is not server and self._has_room(other)}
         return next(
             (entry for entry in self._queue if server.url not in entry.failed_on or not others - entry.failed_on), None
         )
@@ -159,7 +166,7 @@ class Servers:
             await self._again(server, entry, error)
         except Refused as error:
             self._note_success(server)
-            self._refuse(entry, Refusal(str(error)))
+            self._refuse(entry, Refusal(str(error)), is_certain=error.is_certain)
         else:
             self._note_success(server)
             server.answered += 1
@@ -209,9 +216,9 @@ class Servers:
             self._queue.remove(entry)
             self._end(entry, Refusal(f"failed {entry.failures} times; {entry.last_cause}", is_final=False))
 
-    def _refuse(self, entry: Entry, refusal: Refusal) -> None:
+    def _refuse(self, entry: Entry, refusal: Refusal, *, is_certain: bool) -> None:
         """Refusals wait for the first answer: if everything is refused, the fault is not the questions'."""
-        if any(server.answered for server in self.servers):
+        if is_certain or any(server.answered for server in self.servers):
             self._end(entry, refusal)
             return
         self._refused.append((entry, refusal))

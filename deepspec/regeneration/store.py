@@ -102,9 +102,12 @@ class RowStore:
         if path.name not in self._files:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._files[path.name] = path.open("ab")
-        file = self._files[path.name]
-        file.write(json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
-        file.flush()
+        line = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+        try:
+            self._files[path.name].write(line)
+            self._files[path.name].flush()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be written ({error}); make room and run the same command again") from error
 
     def _take_lock(self) -> None:
         self.hidden.mkdir(parents=True, exist_ok=True)
