@@ -8,10 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn, TypeVar, cast
+from dataclasses import is_dataclass
+from typing import Any, NoReturn, TypeVar, cast, get_origin, get_type_hints
 
-from omegaconf import ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -70,26 +70,20 @@ def _end(message: str, wait: float) -> NoReturn:
 def parse_arguments(schema: type[Options], arguments: Sequence[str] | None = None) -> Options:
     """Read `key=value` words (default: the command line) into `schema`; `--help` prints its keys and exits.
 
-    Lists and dictionaries are written as in YAML, special characters in quotes: `key=[a,'*.b']`, `key={a: 1}`.
+    Lists and dictionaries are written as in YAML, special characters in quotes: `key=[a,'*.b']`, `key={a: 1}`. Keys of
+    a dataclass or dictionary inside may also be dotted: `target.path=...`.
 
     Raises:
         ConfigError: an unknown key, a wrong type, or a key without a value that has no default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     assert is_dataclass(schema)
-    names = [entry.name for entry in fields(schema)]
     defaults = OmegaConf.structured(schema)
     if {"-h", "--help"} & set(words):
         print((schema.__doc__ or "").strip() + "\n\nkey=value, with the defaults:\n" + OmegaConf.to_yaml(defaults))
         sys.exit(0)
     for word in words:
-        key = word.split("=", 1)[0]
-        if "=" not in word:
-            raise ConfigError(f"'{word}': expected key=value")
-        if key not in names:
-            raise ConfigError(f"unknown key '{key}'; the keys are {', '.join(names)}.{near_match(key, names)}")
-        if isinstance(defaults.get(key), ListConfig) and not word.split("=", 1)[1].startswith("["):
-            raise ConfigError(f"{word}: expected a list; write {key}=[{word.split('=', 1)[1]}]")
+        _check_word(schema, word)
     try:
         config = OmegaConf.merge(defaults, OmegaConf.from_dotlist(words))
     except YAMLError as error:
@@ -99,11 +93,45 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str] | None = Non
             "\"key=['*.jsonl',b]\""
         ) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        raise ConfigError(_explain(error, words)) from error
     missing = OmegaConf.missing_keys(config)
     if missing:
         raise ConfigError(f"{', '.join(sorted(missing))}: must be given as key=value")
     return cast(Options, OmegaConf.to_object(config))
+
+
+def _check_word(schema: type, word: str) -> None:
+    """Raises ConfigError where it is no key=value, the schema has no such key, or a list is not written as one."""
+    key, _, value = word.partition("=")
+    if "=" not in word:
+        raise ConfigError(f"'{word}': expected key=value")
+    prefix, rest = "", key
+    while True:
+        hints = get_type_hints(schema)
+        name, _, rest = rest.partition(".")
+        if name not in hints:
+            names = [f"{prefix}{each}" for each in hints]
+            raise ConfigError(f"unknown key '{key}'; the keys are {', '.join(names)}.{near_match(key, names)}")
+        if not is_dataclass(hints[name]):
+            if get_origin(hints[name]) is list and not value.startswith("["):
+                raise ConfigError(f"{word}: expected a list; write {key}=[{value}]")
+            return
+        if not rest:
+            if not value.startswith("{"):
+                inside = ", ".join(f"{key}.{each}=..." for each in get_type_hints(hints[name]))
+                raise ConfigError(f"'{word}': {key} has keys of its own: {inside}")
+            return
+        prefix, schema = f"{prefix}{name}.", cast(type, hints[name])
+
+
+def _explain(error: OmegaConfBaseException, words: Sequence[str]) -> str:
+    """What was typed, and what is wrong with it."""
+    message = str(error).splitlines()[0]
+    key = (getattr(error, "full_key", None) or "").split("[")[0]
+    typed = next((word for word in words if word.startswith(f"{key}=")), "") if key else ""
+    if typed and "DictConfig" in message and ": " in typed:
+        return f"{typed}: reads as a dictionary; put quotes around a text with a colon: {key}='\"...\"'"
+    return f"{typed}: {message}" if typed else message
 
 
 def run_command(task: Any, schema: type[Options]) -> None:

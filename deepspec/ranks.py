@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from typing import Any
 
 import torch
+from accelerate import PartialState
 
 
 def launched_ranks() -> int:
@@ -52,6 +55,24 @@ def check_ranks(seen: int) -> None:
             f"the launcher started {launched_ranks()} ranks, but this one sees {seen}: launch with one of "
             "configs/accelerate/*.yaml"
         )
+
+
+def start_ranks(patience: timedelta | None = None) -> PartialState:
+    """This process among those that were launched: `accelerate launch` on GPUs or CPUs, or a single one.
+
+    Args:
+        patience: how long a rank waits for the others; None = PyTorch's own bound.
+
+    Raises:
+        RuntimeError: the launcher and the process group disagree on the number of ranks.
+    """
+    use_cpu = runs_on_cpu()
+    options: dict[str, Any] = {"backend": "gloo"} if use_cpu and launched_ranks() > 1 else {}
+    if patience is not None and launched_ranks() > 1:
+        options["timeout"] = patience
+    state = PartialState(cpu=use_cpu, **options)
+    check_ranks(state.num_processes)
+    return state
 
 
 class LostRankError(RuntimeError):

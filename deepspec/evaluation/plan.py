@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError, DataConfig, EvalRun
 from deepspec.data.jsonl import DataError
@@ -29,6 +28,7 @@ from deepspec.targets import (
     position_range,
     resolve_dtype,
     resolve_path,
+    stop_tokens,
 )
 from deepspec.targets.weights import open_weights
 
@@ -247,28 +247,6 @@ def _decoding_settings(config: EvalRun, setup: PolicySetup) -> dict[str, Any]:
     if config.decode.policy != "fixed":
         settings["temperatures"] = setup.temperatures
     return settings
-
-
-def stop_tokens(
-    path: str, revision: str | None, tokenizer: PreTrainedTokenizerBase, gguf_file: str | None = None
-) -> tuple[int, ...]:
-    """End-of-turn tokens: the tokenizer's, and those that `generate` stops at with this target."""
-    listed = _generation_config(path, revision, gguf_file).eos_token_id
-    found = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])}
-    return tuple(sorted(token for token in found if token is not None))
-
-
-def _generation_config(path: str, revision: str | None, gguf_file: str | None) -> GenerationConfig:
-    """As Transformers finds it for a model: generation_config.json, else what config.json or its text part says; of a
-    GGUF file, what its metadata say."""
-    if gguf_file is not None:
-        return GenerationConfig.from_model_config(load_target_config(path, revision, gguf_file))
-    folder, revision = resolve_path(path), revision or "main"
-    sources: tuple[dict[str, Any], ...] = ({}, {"config_file_name": "config.json", "_from_model_config": True})
-    for source in sources:
-        with suppress(OSError):  # no such file
-            return GenerationConfig.from_pretrained(folder, revision=revision, **source)
-    return GenerationConfig()
 
 
 def target_identity(config: EvalRun) -> list[Any]:

@@ -29,7 +29,7 @@ from deepspec.evaluation.plan import Chunk, Plan, make_plan
 from deepspec.evaluation.progress import EvaluationProgress, make_console
 from deepspec.evaluation.records import Key, Record, RecordStore
 from deepspec.evaluation.summary import print_table, results_of, samples_of, write_results
-from deepspec.ranks import check_ranks, launched_ranks, runs_on_cpu
+from deepspec.ranks import start_ranks
 from deepspec.targets import describe_target, dtype_name, load_target
 
 
@@ -91,18 +91,6 @@ def evaluate(config: EvalRun) -> dict[str, Any]:
         store.part.unlink(missing_ok=True)
     state.wait_for_everyone()
     return metrics
-
-
-def start_ranks() -> PartialState:
-    """This process among those that were launched: `accelerate launch` on GPUs or CPUs, or a single one.
-
-    Raises:
-        RuntimeError: the launcher and the process group disagree on the number of ranks.
-    """
-    use_cpu = runs_on_cpu()
-    state = PartialState(cpu=use_cpu, **({"backend": "gloo"} if use_cpu and launched_ranks() > 1 else {}))
-    check_ranks(state.num_processes)
-    return state
 
 
 def _known_records(store: RecordStore, wanted: Sequence[Key], baseline: bool, console: Console) -> dict[Key, Record]:

@@ -2,6 +2,7 @@
 
 from deepspec.targets.adapters import ADAPTERS, TargetAdapter, adapter_for, register_adapter
 from deepspec.targets.attention import attend_with
+from deepspec.targets.generation import stop_tokens
 from deepspec.targets.head import TargetHead, describe_head, load_target_head
 from deepspec.targets.loading import describe_target, load_target
 from deepspec.targets.positions import position_range
@@ -35,4 +36,5 @@ __all__ = [
     "register_adapter",
     "resolve_dtype",
     "resolve_path",
+    "stop_tokens",
 ]
