@@ -105,7 +105,6 @@ def test_unknown_set_lists_those_that_exist(tmp_path: Path, tokenizer: PreTraine
         ('{"messages": [{"role": "user", "content": null}]}', r"messages\[0\].content \(user\): null"),
         ('{"messages": [{"content": "x"}]}', r"messages\[0\]: no role; the keys are content"),
         ('{"messages": [{"role": "user", "content": " "}]}', r"messages\[0\] \(user\) must be a non-empty text"),
-        ('{"turns": ["\\ud83d"]}', "half of a surrogate pair"),
         ('{"messages": []}', "messages: the list is empty"),
         (
             '{"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "x"}], "system": "y"}',
@@ -124,7 +123,7 @@ def test_a_template_that_refuses_a_prompt_is_named(tmp_path: Path, tokenizer: Pr
     tokenizer.chat_template = "{% if messages | length > 1 %}{{ raise_exception('no system') }}{% endif %}x"
     write(tmp_path, "chat", '{"turns": ["x", "y"]}', '{"turns": ["x"], "system": "y"}')
     (prompt,) = load_set("chat", tmp_path, tokenizer, limit=1)
-    with pytest.raises(DataError, match=r"chat\.jsonl, line 1: turn 2: the chat template refuses it \(no system\)"):
+    with pytest.raises(DataError, match=r"chat\.jsonl, line 1: turn 2: the chat template refuses it: .no system."):
         prompt.ids_after(["z"])
-    with pytest.raises(DataError, match=r"chat\.jsonl, line 2: the chat template refuses it \(no system\)"):
+    with pytest.raises(DataError, match=r"chat\.jsonl, line 2: the chat template refuses it: .no system."):
         load_set("chat", tmp_path, tokenizer)

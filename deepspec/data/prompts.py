@@ -7,7 +7,7 @@ from typing import Any
 
 from deepspec.data.conversation import Message
 from deepspec.data.jsonl import DataError
-from deepspec.data.turns import find_lone_surrogate, messages_of, tools_of
+from deepspec.data.turns import messages_of, tools_of
 
 ORIGINALS = ("question", "problem", "prompt", "instruction", "question_content", "task_id")  # keys of public sets
 ASKING = ("user", "tool")  # roles of messages that the model answers
@@ -59,8 +59,6 @@ def read_prompt(row: dict[str, Any], place: str) -> PromptRow:
     else:
         raise DataError(f"{place}: expected {EXPECTED}; found the keys {sorted(row)}{_hint(row)}")
     given[0] = [*_system_message(row.get("system"), given[0], place), *given[0]]
-    if key := find_lone_surrogate("row", row):
-        raise DataError(f"{place}: {key}: half of a surrogate pair (like \\ud83d), which no tokenizer can encode")
     return PromptRow(given, tools_of(place, "tools", row.get("tools")))
 
 

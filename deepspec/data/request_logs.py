@@ -10,7 +10,7 @@ from typing import Any
 from deepspec.data.conversation import Message
 from deepspec.data.jsonl import RowError
 from deepspec.data.responses import CUT_REASONS, FAILURES, Answer, Unusable, answers_of, tidy_message
-from deepspec.data.turns import find_lone_surrogate, messages_of, tools_of
+from deepspec.data.turns import messages_of, tools_of
 
 REQUESTS = ("request", "request_body", "requestBody", "req", "body", "kwargs", "input", "inputs")
 RESPONSES = ("response", "response_body", "responseBody", "response_obj", "output", "outputs", "chunks", "completion")
@@ -121,8 +121,6 @@ def _answered(
     named = row.get("custom_id") or row.get("request_id") or row.get("id")
     model = request.get("model") or row.get("model")
     for answer in answers_of(place, response, on_unusable):
-        if key := find_lone_surrogate("messages", [*messages, answer.message]):
-            raise RowError(f"{place}: {key}: half of a surrogate pair (like \\ud83d), which no tokenizer can encode")
         stops, name = bool(parameters.get("stop")), str(named) if named else None
         yield Exchange(place, messages, tools, answer, model, stops, options or None, name)
 

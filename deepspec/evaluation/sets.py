@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError, near_match
-from deepspec.data.chat import render_prompt
+from deepspec.data.chat import render_prompt, without_half_pairs
 from deepspec.data.conversation import Message
 from deepspec.data.jsonl import DataError, read_jsonl
 from deepspec.data.prompts import read_prompt, text_of
+from deepspec.data.templates import TemplateError
 from deepspec.evaluation.records import digest_of
 
 Render = Callable[[Sequence[Message]], list[int]]  # messages to the ids of a prompt
@@ -35,7 +35,7 @@ class Prompt:
 
     def text_of(self, turn: int) -> str:
         """What the model answers in a turn, counted from 0."""
-        return text_of(self.given[turn][-1])
+        return without_half_pairs(text_of(self.given[turn][-1]))
 
     def ids_after(self, answers: Sequence[str]) -> list[int]:
         """The prompt of the turn behind so many answers.
@@ -91,8 +91,8 @@ def load_set(
 def _rendered(render: Render, messages: Sequence[Message], what: str) -> list[int]:
     try:
         return render(messages)
-    except (TemplateError, ValueError) as error:
-        raise DataError(f"{what}: the chat template refuses it ({error})") from error
+    except TemplateError as error:
+        raise DataError(f"{what}: {error}") from error
 
 
 def set_file(name: str, folder: str | Path) -> Path:
