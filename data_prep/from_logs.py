@@ -23,6 +23,7 @@ from rich.console import Console
 
 from deepspec.arguments import run_command
 from deepspec.config import ConfigError, near_match
+from deepspec.data.chat import SURROGATE
 from deepspec.data.conversation import Message
 from deepspec.data.formats import content_id
 from deepspec.data.jsonl import DataError, RowError
@@ -34,6 +35,7 @@ from deepspec.files import remove_unfinished, sha256_of, unfinished_name, write_
 Row = dict[str, Any]
 Filter = Callable[[Row], Row | None]
 TRAIN, HELD_OUT, MANIFEST = "train.jsonl", "heldout.jsonl", "manifest.json"
+KEPT_COUNTS = ("cut",)  # of answers that are not left out
 CHOICES = {"on_cut": ("keep", "drop"), "on_bad_row": ("stop", "skip")}
 console = Console(soft_wrap=True, highlight=False, markup=False)
 
@@ -62,11 +64,13 @@ def main(options: LogsOptions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     models: Counter[str] = Counter()
+    renderings: Counter[str] = Counter()  # chat_template_kwargs of the requests
     chats = LoggedChats()
     with ExitStack() as cleanup:
         spilled, train, held_out = (_unfinished(folder / name, cleanup) for name in ("rows", TRAIN, HELD_OUT))
         with spilled.open("w", encoding="utf-8") as file:
             for row in rows_of(options, counts, models):
+                renderings[json.dumps(row.get("chat_template_kwargs", {}), sort_keys=True)] += 1
                 chats.add(row)
                 _write(file, row)
         check_models(models, options)
@@ -86,14 +90,17 @@ def main(options: LogsOptions) -> None:
         "settings": asdict(options),
         "rows": sizes,
         "models": dict(models),
+        "chat_template_kwargs": dict(renderings),
         "left out": {reason: count for reason, count in counts.items() if count and reason not in KEPT_COUNTS},
         "sha256": {name: sha256_of(folder / name) for name in sizes},
     }
     write_atomically(folder / MANIFEST, json.dumps(record, indent=2) + "\n")
     console.print(summary(folder, written, models, counts))
-
-
-KEPT_COUNTS = ("cut",)
+    if set(renderings) != {"{}"}:
+        asked = ", ".join(f"{options} ({count} answers)" for options, count in renderings.most_common())
+        console.print(
+            f"logs: requests asked for chat_template_kwargs {asked}; train with the same data.template_options"
+        )
 
 
 def summary(folder: Path, written: Counter[str], models: Counter[str], counts: Counter[str]) -> str:
@@ -264,7 +271,9 @@ def is_held_out(messages: list[Message], fraction: float) -> bool:
 
 
 def _write(file: IO[str], row: Row) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    line = json.dumps(row, ensure_ascii=False)
+    # Half of a surrogate pair has no UTF-8; escaped it reaches the trainer, which mends and counts such samples.
+    file.write((json.dumps(row) if SURROGATE.search(line) else line) + "\n")
 
 
 def _unfinished(path: Path, cleanup: ExitStack) -> Path:
