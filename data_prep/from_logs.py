@@ -23,13 +23,13 @@ from rich.console import Console
 
 from deepspec.arguments import run_command
 from deepspec.config import ConfigError, near_match
-from deepspec.data.chat import SURROGATE
 from deepspec.data.conversation import Message
 from deepspec.data.formats import content_id
 from deepspec.data.jsonl import DataError, RowError
 from deepspec.data.logged_chats import CUT, LoggedChats
 from deepspec.data.request_logs import Exchange, LogReader
 from deepspec.data.sources import read_rows
+from deepspec.data.surrogates import mend
 from deepspec.files import remove_unfinished, sha256_of, unfinished_name, write_atomically
 
 Row = dict[str, Any]
@@ -179,10 +179,11 @@ def rows_of(options: LogsOptions, counts: Counter[str], models: Counter[str]) ->
 
 def row_of(exchange: Exchange, ids: set[str]) -> Row:
     answer = exchange.answer
-    messages: list[Message] = [*exchange.messages, {**answer.message, **(CUT if exchange.cut else {})}]
+    # Mended here, not where the log is read: a stream may send the halves of one pair in two pieces.
+    messages: list[Message] = mend([*exchange.messages, {**answer.message, **(CUT if exchange.cut else {})}])
     row: Row = {"id": "", "source": "logs", "messages": messages}
     if exchange.tools:
-        row["tools"] = exchange.tools
+        row["tools"] = mend(exchange.tools)
     row |= {"finish_reason": answer.finish_reason or "aborted", "model": exchange.model}
     if exchange.template_options:
         row["chat_template_kwargs"] = exchange.template_options
@@ -271,9 +272,7 @@ def is_held_out(messages: list[Message], fraction: float) -> bool:
 
 
 def _write(file: IO[str], row: Row) -> None:
-    line = json.dumps(row, ensure_ascii=False)
-    # Half of a surrogate pair has no UTF-8; escaped it reaches the trainer, which mends and counts such samples.
-    file.write((json.dumps(row) if SURROGATE.search(line) else line) + "\n")
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _unfinished(path: Path, cleanup: ExitStack) -> Path:

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, NoReturn, TypeVar, cast
 
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from deepspec.checkpoints import CheckpointError
 from deepspec.config import ConfigError, near_match
@@ -69,18 +70,17 @@ def _end(message: str, wait: float) -> NoReturn:
 def parse_arguments(schema: type[Options], arguments: Sequence[str] | None = None) -> Options:
     """Read `key=value` words (default: the command line) into `schema`; `--help` prints its keys and exits.
 
+    Lists and dictionaries are written as in YAML, special characters in quotes: `key=[a,'*.b']`, `key={a: 1}`.
+
     Raises:
         ConfigError: an unknown key, a wrong type, or a key without a value that has no default.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     assert is_dataclass(schema)
     names = [entry.name for entry in fields(schema)]
+    defaults = OmegaConf.structured(schema)
     if {"-h", "--help"} & set(words):
-        print(
-            (schema.__doc__ or "").strip()
-            + "\n\nkey=value, with the defaults:\n"
-            + OmegaConf.to_yaml(OmegaConf.structured(schema))
-        )
+        print((schema.__doc__ or "").strip() + "\n\nkey=value, with the defaults:\n" + OmegaConf.to_yaml(defaults))
         sys.exit(0)
     for word in words:
         key = word.split("=", 1)[0]
@@ -88,8 +88,16 @@ def parse_arguments(schema: type[Options], arguments: Sequence[str] | None = Non
             raise ConfigError(f"'{word}': expected key=value")
         if key not in names:
             raise ConfigError(f"unknown key '{key}'; the keys are {', '.join(names)}.{near_match(key, names)}")
+        if isinstance(defaults.get(key), ListConfig) and not word.split("=", 1)[1].startswith("["):
+            raise ConfigError(f"{word}: expected a list; write {key}=[{word.split('=', 1)[1]}]")
     try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(words))
+        config = OmegaConf.merge(defaults, OmegaConf.from_dotlist(words))
+    except YAMLError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{' '.join(words)}: cannot be read ({reason}); put what has special characters in quotes, as in "
+            "\"key=['*.jsonl',b]\""
+        ) from error
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0]) from error
     missing = OmegaConf.missing_keys(config)

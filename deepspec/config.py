@@ -184,6 +184,15 @@ class CacheRun(TrainRun):
 
 
 @dataclass
+class InspectRun(TrainRun):
+    """All of `data_prep.inspect`: a training run, and what of its data to show."""
+
+    samples: int = 3  # shown in full
+    skip: int = 0  # samples before the first one shown
+    plot: str = "outputs/inspect/lengths.png"  # where the histogram of lengths goes
+
+
+@dataclass
 class EvalRun:
     """All of `eval.py`."""
 
@@ -261,6 +270,8 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "eval.limit": (1, None),
     "eval.temperatures": (0, None),
     "eval.bootstrap_samples": (1, None),
+    "samples": (0, None),
+    "skip": (0, None),
     "logging.log_steps": (1, None),
     "seed": (0, None),
 }

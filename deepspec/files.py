@@ -7,10 +7,10 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from deepspec.config import ConfigError
 
@@ -117,6 +117,17 @@ def write_atomically(path: str | Path, text: str, *, shared: bool = False) -> No
     Args:
         shared: other processes may write the same file now; else what killed ones left behind is removed.
     """
+    with open_atomically(path, shared=shared) as file:
+        file.write(text)
+
+
+@contextmanager
+def open_atomically(path: str | Path, *, shared: bool = False) -> Iterator[IO[str]]:
+    """A UTF-8 file to write; it takes its name, and the place of an old one, when the block ends without an error.
+
+    Args:
+        shared: see `write_atomically`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not shared:
@@ -124,7 +135,7 @@ def write_atomically(path: str | Path, text: str, *, shared: bool = False) -> No
     unfinished = unfinished_name(path)
     try:
         with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)

@@ -409,7 +409,7 @@ def test_details_of_rows(convert: Callable[..., list[Row]], capsys: pytest.Captu
     )
     assert rows[0]["messages"][0] == {"role": "system", "content": "Be kind."}
     assert rows[0]["chat_template_kwargs"] == off
-    assert rows[2]["messages"][-1]["content"] == "\ud83d cut"
+    assert rows[2]["messages"][-1]["content"] == "\ufffd cut"
     assert rows[3]["messages"][-1]["content"] == "\U0001f600"
     assert len({row["id"] for row in rows}) == 4  # a server that repeats an id
     assert '{} (3 answers), {"enable_thinking": false} (1 answers)' in capsys.readouterr().out

@@ -16,13 +16,15 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError
-from deepspec.data.chat import Sample as Pieces
-from deepspec.data.chat import has_half_pairs, tokenize, without_half_pairs, write_samples
+from deepspec.data.chat import tokenize
 from deepspec.data.conversation import Conversation
 from deepspec.data.formats import read_conversations
 from deepspec.data.jsonl import DataError, RowError
 from deepspec.data.packing import Sample
+from deepspec.data.samples import Sample as Pieces
+from deepspec.data.samples import write_samples
 from deepspec.data.sources import source_digest
+from deepspec.data.surrogates import mend
 from deepspec.data.templates import ChatTemplate
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,6 @@ FEATURES = datasets.Features(
         "truncated": datasets.Value("bool"),
         "tokens": datasets.Value("int32"),
         "supervised": datasets.Value("int32"),
-        "mended": datasets.Value("bool"),  # half of a surrogate pair was replaced
         "problem": datasets.Value("string"),  # why the row cannot be used; "" = it can
     }
 )
@@ -91,6 +92,7 @@ def tokenize_conversations(
     min_supervised_tokens: int,
     template_options: Mapping[str, Any] | None = None,
     system_prompt: str | None = None,
+    template_name: str = "the chat template",
     on_bad_row: str = "stop",
     cache_dir: str = "outputs/cache/tokenized",
 ) -> ConversationDataset:
@@ -102,12 +104,13 @@ def tokenize_conversations(
     counted in the log.
 
     Args:
+        template_name: for messages.
         on_bad_row: stop, or skip and count.
 
     Raises:
         DataError: a source that cannot be read, a bad row (with `stop`), or no sample left.
     """
-    template = ChatTemplate(tokenizer, template_options, system_prompt)
+    template = ChatTemplate(tokenizer, template_options, system_prompt, template_name)
     rows = tokenized_rows(files, template, max_length=max_length, on_bad_row=on_bad_row, cache_dir=cache_dir)
     columns = rows.with_format("numpy")
     supervised = np.asarray(columns["supervised"][:])
@@ -116,8 +119,6 @@ def tokenize_conversations(
     kept = np.flatnonzero((supervised >= min_supervised_tokens) & is_sample)
     if problems := list(filter(None, rows["problem"])):
         logger.warning("%d rows cannot be used and were skipped, the first: %s", len(problems), problems[0])
-    if mended := int(np.asarray(columns["mended"][:]).sum()):
-        logger.warning("%d of %d samples held half of a surrogate pair, now U+FFFD, as cut emoji do", mended, samples)
     if truncated := int(np.asarray(columns["truncated"][:]).sum()):
         logger.warning(
             "%d of %d samples are longer than data.max_length=%d and were cut", truncated, samples, max_length
@@ -185,16 +186,15 @@ def _tokenized_rows(files: list[str], template: ChatTemplate, max_length: int, s
                 continue
             ids = [conversation.id] if len(samples) == 1 else [f"{conversation.id} {n}" for n in range(len(samples))]
             named += zip(ids, samples, strict=True)
-        for (name, sample), rendered in zip(named, tokenize(template.tokenizer, [s for _, s in named]), strict=True):
+        for (name, _), rendered in zip(named, tokenize(template.tokenizer, [s for _, s in named]), strict=True):
             loss_mask = rendered.loss_mask[:max_length]
             yield {
-                "id": without_half_pairs(name),
+                "id": name,
                 "input_ids": rendered.input_ids[:max_length],
                 "loss_mask": loss_mask,
                 "truncated": len(rendered.input_ids) > max_length,
                 "tokens": len(loss_mask),
                 "supervised": sum(loss_mask),
-                "mended": has_half_pairs(sample),
                 "problem": "",
             }
         yield from _problem_rows(problems)
@@ -208,9 +208,9 @@ def _batched(conversations: Iterator[Conversation], count: int) -> Iterator[list
 
 def _problem_rows(problems: list[RowError]) -> Iterator[dict[str, Any]]:
     """Rows that are no samples; empties the list."""
-    nothing = {"input_ids": [], "loss_mask": [], "truncated": False, "tokens": 0, "supervised": 0, "mended": False}
+    nothing = {"input_ids": [], "loss_mask": [], "truncated": False, "tokens": 0, "supervised": 0}
     for problem in problems:
-        yield {"id": "", **nothing, "problem": without_half_pairs(str(problem))}
+        yield {"id": "", **nothing, "problem": mend(str(problem))}
     problems.clear()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from deepspec.data.conversation import Conversation, Message
 from deepspec.data.jsonl import DataError, OnBadRow, RowError, refuse_row
 from deepspec.data.sources import read_rows
+from deepspec.data.surrogates import mend
 from deepspec.data.turns import messages_of, tools_of
 from deepspec.text import some
 
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog")
 PROMPTS = ("prompt", "instruction", "question", "query", "problem")
-ANSWERS = ("response", "completion", "answer", "output", "solution", "chosen")
+ANSWERS = ("response", "completion", "output", "solution", "answer", "chosen")  # where several are there, the first
 ADDITIONS = ("input", "context")  # what a question is about
 SYSTEMS, TOOLS = ("system", "system_prompt"), ("tools", "functions")
 IDS = ("id", "conversation_id", "uuid", "prompt_id")
@@ -109,15 +110,18 @@ def _conversations_of(
             raise DataError(f"{source}: none of the first {bad} rows can be used; the last one: {error}") from error
         refuse_row(error, on_bad_row)
 
+    mended = 0
     for place, row in read_rows(source, on_bad_row=refuse):
         columns = tuple(name for name, value in row.items() if value is not None)
         if columns not in known:
-            known[columns] = recognise(columns) or recognise(row)
-        layout = known[columns]
+            known[columns] = recognise(columns)
+        layout = known[columns] or recognise(row)
         try:
             if layout is None:
                 raise RowError(f"{place}: {explain_columns(row)}")
-            conversation = convert(place, row, layout)
+            whole = mend(row)
+            mended += whole != row
+            conversation = convert(place, whole, layout)
         except RowError as error:
             refuse(error)
             continue
@@ -131,6 +135,10 @@ def _conversations_of(
         yield conversation
     if good == 0:
         raise DataError(f"{source}: none of the {bad} rows can be used")
+    if mended:
+        logger.warning(
+            "%s: %d rows held half of a surrogate pair, now U+FFFD, as an emoji that was cut", source, mended
+        )
 
 
 def convert(place: str, row: dict[str, Any], layout: Format) -> Conversation:
@@ -152,7 +160,7 @@ def convert(place: str, row: dict[str, Any], layout: Format) -> Conversation:
 def content_id(messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None) -> str:
     """A digest of what a conversation says: the same wherever the row stands."""
     content = json.dumps([messages, tools or None], ensure_ascii=False, sort_keys=True, default=str)
-    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:24]
+    return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
 def _id(row: dict[str, Any], layout: Format, messages: list[Message], tools: list[dict[str, Any]] | None) -> str:

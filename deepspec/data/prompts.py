@@ -7,6 +7,7 @@ from typing import Any
 
 from deepspec.data.conversation import Message
 from deepspec.data.jsonl import DataError
+from deepspec.data.surrogates import mend
 from deepspec.data.turns import messages_of, tools_of
 
 ORIGINALS = ("question", "problem", "prompt", "instruction", "question_content", "task_id")  # keys of public sets
@@ -51,6 +52,7 @@ def read_prompt(row: dict[str, Any], place: str) -> PromptRow:
     Raises:
         DataError: naming the place and what is wrong.
     """
+    row = mend(row)
     messages = row.get("messages")
     if row.get("turns") is not None:
         given = [[message] for message in _user_messages(row["turns"], place)]

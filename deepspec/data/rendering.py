@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from deepspec.config import DataConfig
+from deepspec.config import DataConfig, TargetConfig
 
 FIELD = "rendering"  # in the config of a draft
 
@@ -62,6 +62,13 @@ class Rendering:
         if self.template_sha256 != trained.template_sha256:
             found.append("the chat template is another one than in training")
         return found
+
+
+def template_name(data: DataConfig, target: TargetConfig) -> str:
+    """How messages call the template."""
+    if data.chat_template is not None:
+        return f"the chat template {data.chat_template}"
+    return f"the chat template of target {target.path}"
 
 
 def template_digest(source: Any) -> str:

@@ -46,11 +46,14 @@ class ChatTemplate:
         tokenizer: PreTrainedTokenizerBase,
         options: Mapping[str, Any] | None = None,
         system_prompt: str | None = None,
+        name: str = "the chat template",
     ):
         """
         Args:
             system_prompt: goes first in conversations that have no system message.
+            name: for messages.
         """
+        self.name = name
         self.tokenizer = tokenizer
         self.options = dict(options or {})
         self.system_prompt = system_prompt or None
@@ -109,7 +112,7 @@ class ChatTemplate:
                 failures.append(error)
         if len(failures) == len(forms):
             raise failures[0]
-        raise TemplateError("the chat template leaves out a tool call; give one that shows it")
+        raise TemplateError(f"{self.name} leaves out a tool call; give one that shows it")
 
     @cached_property
     def reads_strings(self) -> bool:
@@ -155,11 +158,11 @@ class ChatTemplate:
                     raise
                 rendered = render(tools=[])
         except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(f"the chat template is no valid Jinja: line {error.lineno}, {error.message}") from error
+            raise TemplateError(f"{self.name} is no valid Jinja: line {error.lineno}, {error.message}") from error
         except (jinja2.UndefinedError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise TemplateError(f"the chat template cannot render it: {error}") from error
+            raise TemplateError(f"{self.name} cannot render it: {error}") from error
         except (jinja2.TemplateError, ValueError) as error:
-            raise TemplateError(f'the chat template refuses it: "{error}"') from error
+            raise TemplateError(f'{self.name} refuses it: "{error}"') from error
         texts, spans = rendered
         return texts[0], list(spans[0]) if with_spans else []
 
@@ -174,7 +177,7 @@ class ChatTemplate:
         last = self.text(self.readable(asked, None), None)
         before, found, tail = last.rpartition(ASSISTANT)
         if not found or USER not in before:
-            raise TemplateError(f"the chat template does not show a question with its answer, but only {last!r:.200}")
+            raise TemplateError(f"{self.name} does not show a question with its answer, but only {last!r:.200}")
         try:
             longer = self.text(self.readable([*asked, {"role": "user", "content": AGAIN}], None), None)
         except TemplateError:

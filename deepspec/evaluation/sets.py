@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.config import ConfigError, near_match
-from deepspec.data.chat import render_prompt, without_half_pairs
+from deepspec.data.chat import render_prompt
 from deepspec.data.conversation import Message
 from deepspec.data.jsonl import DataError, read_jsonl
 from deepspec.data.prompts import read_prompt, text_of
@@ -35,7 +35,7 @@ class Prompt:
 
     def text_of(self, turn: int) -> str:
         """What the model answers in a turn, counted from 0."""
-        return without_half_pairs(text_of(self.given[turn][-1]))
+        return text_of(self.given[turn][-1])
 
     def ids_after(self, answers: Sequence[str]) -> list[int]:
         """The prompt of the turn behind so many answers.

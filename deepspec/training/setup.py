@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from deepspec.config import ConfigError, TrainRun
 from deepspec.data.dataset import ConversationDataset, check_vocabulary, tokenize_conversations
 from deepspec.data.mask_token import find_mask_token
-from deepspec.data.rendering import Rendering
+from deepspec.data.rendering import Rendering, template_name
 from deepspec.drafts import DraftSettings, DSparkModel, build_draft, build_draft_config, engine_limits, load_draft
 from deepspec.features import CachedFeatures, CachedRendering, FeatureSource, OnlineFeatures
 from deepspec.features.served import connect_served
@@ -287,5 +287,6 @@ def _dataset(config: TrainRun, files: list[str], tokenizer: PreTrainedTokenizerB
         min_supervised_tokens=config.data.min_supervised_tokens,
         template_options=config.data.template_options,
         system_prompt=config.data.system_prompt,
+        template_name=template_name(config.data, config.target),
         on_bad_row=config.data.on_bad_row,
     )
