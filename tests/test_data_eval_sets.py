@@ -202,6 +202,22 @@ def test_from_the_hub_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert len(asked) == 2
 
 
+def test_without_the_hub_it_is_said_what_to_put_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(wanted: Any) -> list[str]:
+        raise DataError("no network, download it")
+
+    monkeypatch.setattr(eval_sets, "sources_on_hub", unreachable)
+    with pytest.raises(DataError, match="1 of 1 sets were not made: mbpp"):
+        main(EvalSetsOptions(["mbpp"], output_dir=str(tmp_path)))
+    said = capsys.readouterr().out.strip()
+    assert said == (
+        "mbpp: not made: no network, download it; then give files_dir=DIR with its sanitized-mbpp.json or mbpp.jsonl "
+        "in DIR/mbpp"
+    )
+
+
 def test_the_order_of_published_numbers(tmp_path: Path) -> None:
     rows = [{"question": f"{n}?"} for n in range(600)]
     write_rows(tmp_path / "rows.jsonl", rows)
