@@ -23,7 +23,7 @@ def write_samples(template: ChatTemplate, messages: Sequence[Message], tools: To
     What is supervised is the text of the assistant's turns and their ends, since the draft has to predict where a turn
     ends. The template's `{% generation %}` markers say it; without them it is the difference between the conversation
     with the turn and the prompt before it. A message's `raw` text needs no template. An answer that was cut
-    (`finish_reason` "length") has no end.
+    (`finish_reason` "length") has no end. A turn of `weight` 0 is only context.
 
     Turns share a sample where each continues what stands before; a template that rewrites earlier turns (drops
     their thoughts, for instance) makes a sample of each.
@@ -33,12 +33,14 @@ def write_samples(template: ChatTemplate, messages: Sequence[Message], tools: To
         ValueError: the conversation has no assistant turn.
     """
     messages = template.with_system_prompt(messages)
-    turns = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+    answers = [number for number, message in enumerate(messages) if message.get("role") == "assistant"]
+    turns = [number for number in answers if messages[number].get("weight") != 0]
     if not turns:
         roles = [message.get("role") for message in messages]
         raise ValueError(f"the conversation has no assistant turn to learn from (roles: {roles}); add one")
     readable = template.readable(messages, tools)
-    is_as_given = any("raw" in messages[n] or messages[n].get("finish_reason") == "length" for n in turns)
+    is_as_given = len(turns) < len(answers)  # markers are around every answer
+    is_as_given |= any("raw" in messages[n] or messages[n].get("finish_reason") == "length" for n in turns)
     if template.has_markers(tools) and not is_as_given:
         return _marked_samples(template, readable, turns, tools)
     samples: list[Sample] = []
