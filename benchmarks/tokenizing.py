@@ -1,7 +1,7 @@
 """Tokenizing and masking against `datasets.map` over `apply_chat_template`: `python -m benchmarks.tokenizing`.
 
-Interleaved: each round tokenizes the same conversations under a template with markers in the ways of the library (row by
-row, in batches) and ours, and ours once more under the template without markers, which the library cannot mask.
+Interleaved: each round tokenizes the same conversations under a template with markers in the ways of the library (row
+by row, in batches) and ours, and ours once more without markers, which the library cannot mask.
 """
 
 from __future__ import annotations
