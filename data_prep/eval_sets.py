@@ -51,7 +51,9 @@ def main(options: EvalSetsOptions) -> None:
             console.print(f"{name}: {make_set(KNOWN[name], options, shared_names(wanted))}")
         except DataError as error:
             missing.append(name)
-            console.print(f"{name}: not made: {error}")
+            originals = " or ".join(KNOWN[name].files) or f"{name}.jsonl"
+            hint = f"; then give files_dir=DIR with its {originals} in DIR/{name}" if options.files_dir is None else ""
+            console.print(f"{name}: not made: {error}{hint if name not in options.files else ''}")
     if missing:
         raise DataError(f"{len(missing)} of {len(wanted)} sets were not made: {', '.join(missing)}; see above")
 

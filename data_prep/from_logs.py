@@ -35,6 +35,7 @@ from deepspec.files import remove_unfinished, sha256_of, unfinished_name, write_
 Row = dict[str, Any]
 Filter = Callable[[Row], Row | None]
 TRAIN, HELD_OUT, MANIFEST = "train.jsonl", "heldout.jsonl", "manifest.json"
+KEPT_COUNTS = ("cut",)  # of answers that are not left out
 CHOICES = {"on_cut": ("keep", "drop"), "on_bad_row": ("stop", "skip")}
 console = Console(soft_wrap=True, highlight=False, markup=False)
 
@@ -63,11 +64,13 @@ def main(options: LogsOptions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     models: Counter[str] = Counter()
+    renderings: Counter[str] = Counter()  # chat_template_kwargs of the requests
     chats = LoggedChats()
     with ExitStack() as cleanup:
         spilled, train, held_out = (_unfinished(folder / name, cleanup) for name in ("rows", TRAIN, HELD_OUT))
         with spilled.open("w", encoding="utf-8") as file:
             for row in rows_of(options, counts, models):
+                renderings[json.dumps(row.get("chat_template_kwargs", {}), sort_keys=True)] += 1
                 chats.add(row)
                 _write(file, row)
         check_models(models, options)
@@ -87,14 +90,17 @@ def main(options: LogsOptions) -> None:
         "settings": asdict(options),
         "rows": sizes,
         "models": dict(models),
+        "chat_template_kwargs": dict(renderings),
         "left out": {reason: count for reason, count in counts.items() if count and reason not in KEPT_COUNTS},
         "sha256": {name: sha256_of(folder / name) for name in sizes},
     }
     write_atomically(folder / MANIFEST, json.dumps(record, indent=2) + "\n")
     console.print(summary(folder, written, models, counts))
-
-
-KEPT_COUNTS = ("cut",)
+    if set(renderings) != {"{}"}:
+        asked = ", ".join(f"{options} ({count} answers)" for options, count in renderings.most_common())
+        console.print(
+            f"logs: requests asked for chat_template_kwargs {asked}; train with the same data.template_options"
+        )
 
 
 def summary(folder: Path, written: Counter[str], models: Counter[str], counts: Counter[str]) -> str:
@@ -152,7 +158,7 @@ def rows_of(options: LogsOptions, counts: Counter[str], models: Counter[str]) ->
     for log in options.logs:
         for place, logged in read_rows(log, on_bad_row=bad):
             try:
-                exchanges = reader.exchanges(place, mend(logged), unusable)
+                exchanges = reader.exchanges(place, logged, unusable)
             except RowError as error:
                 bad(error)
                 continue
@@ -173,10 +179,11 @@ def rows_of(options: LogsOptions, counts: Counter[str], models: Counter[str]) ->
 
 def row_of(exchange: Exchange, ids: set[str]) -> Row:
     answer = exchange.answer
-    messages: list[Message] = [*exchange.messages, {**answer.message, **(CUT if exchange.cut else {})}]
+    # Mended here, not where the log is read: a stream may send the halves of one pair in two pieces.
+    messages: list[Message] = mend([*exchange.messages, {**answer.message, **(CUT if exchange.cut else {})}])
     row: Row = {"id": "", "source": "logs", "messages": messages}
     if exchange.tools:
-        row["tools"] = exchange.tools
+        row["tools"] = mend(exchange.tools)
     row |= {"finish_reason": answer.finish_reason or "aborted", "model": exchange.model}
     if exchange.template_options:
         row["chat_template_kwargs"] = exchange.template_options

@@ -62,8 +62,8 @@ def show_sample(tokenizer: PreTrainedTokenizerBase, row: dict[str, Any], min_sup
         notes.append("cut at data.max_length")
     if row["supervised"] < min_supervised:
         notes.append(f"dropped: fewer than data.min_supervised_tokens={min_supervised} supervised")
-    console.rule(", ".join(notes), align="left")
-    console.print(f"id {row['id']}", markup=False, highlight=False)
+    console.rule(align="left")
+    console.print(f"{row['id']}: {', '.join(notes)}", markup=False, highlight=False, soft_wrap=True)
     console.print(as_text(tokenizer, row["input_ids"], row["loss_mask"]), soft_wrap=True)
 
 

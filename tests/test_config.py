@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from deepspec.arguments import WAIT_FOR_FIRST_RANK, WAIT_FOR_LOST_RANK, answer_mistakes, parse_arguments
 from deepspec.cli import leaf_types, let_the_command_line_choose
-from deepspec.config import CHOICES, RANGES, ConfigError, EvalRun, TrainRun, flatten, validate
+from deepspec.config import CHOICES, RANGES, ConfigError, EvalRun, InspectRun, TrainRun, flatten, validate
 from deepspec.ranks import LostRankError
 
 ROOT = Path(__file__).parent.parent
@@ -57,7 +57,7 @@ def test_impossible_evaluation(override, expected):
 
 
 def test_ranges_and_choices_name_existing_keys():
-    keys = set(leaf_types(TrainRun)) | set(leaf_types(EvalRun))
+    keys = set(leaf_types(InspectRun)) | set(leaf_types(EvalRun))
     assert set(CHOICES) <= keys
     assert set(RANGES) <= keys
 

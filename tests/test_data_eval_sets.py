@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from deepspec.evaluation.public_sets import PUBLISHED_SEED, REASONED, SOLVED
 from deepspec.evaluation.set_building import build_set, prompts_digest
 from deepspec.files import sha256_of
 
-PUBLISHED = os.environ.get("DEEPSPEC_EVAL_SETS")  # folder of published prompt sets, to compare with word for word
+PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "eval_sets"  # outside the repository, to compare with
 LCB = (
     "You are an expert Python programmer. You will be given a question (problem specification) and will generate a "
     "correct Python program that matches the specification and passes all tests. You will NOT return anything except "
@@ -203,6 +202,22 @@ def test_from_the_hub_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert len(asked) == 2
 
 
+def test_without_the_hub_it_is_said_what_to_put_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unreachable(wanted: Any) -> list[str]:
+        raise DataError("no network, download it")
+
+    monkeypatch.setattr(eval_sets, "sources_on_hub", unreachable)
+    with pytest.raises(DataError, match="1 of 1 sets were not made: mbpp"):
+        main(EvalSetsOptions(["mbpp"], output_dir=str(tmp_path)))
+    said = capsys.readouterr().out.strip()
+    assert said == (
+        "mbpp: not made: no network, download it; then give files_dir=DIR with its sanitized-mbpp.json or mbpp.jsonl "
+        "in DIR/mbpp"
+    )
+
+
 def test_the_order_of_published_numbers(tmp_path: Path) -> None:
     rows = [{"question": f"{n}?"} for n in range(600)]
     write_rows(tmp_path / "rows.jsonl", rows)
@@ -228,10 +243,10 @@ ORIGINAL_ROWS: dict[str, Callable[[list[str]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.skipif(PUBLISHED is None, reason="DEEPSPEC_EVAL_SETS names no folder of published prompt sets")
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published prompt sets are not there")
 @pytest.mark.parametrize("name", ORIGINAL_ROWS)
 def test_published_prompts_word_for_word(name: str, tmp_path: Path) -> None:
-    published = Path(str(PUBLISHED)) / f"{name}.jsonl"
+    published = PUBLISHED / f"{name}.jsonl"
     rows = [ORIGINAL_ROWS[name](row["turns"]) for row in rows_of(published)]
     write_rows(tmp_path / "rows.jsonl", rows)
     built = build_set(KNOWN[name], [str(tmp_path / "rows.jsonl")])

@@ -23,7 +23,7 @@ MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|〈[^〈〉\s]+〉")  # how temp
 LONGEST_MARKER = 64  # characters
 OPENING = re.compile(r"start|begin|open", re.IGNORECASE)  # names of those that begin a turn
 USER, ASSISTANT, AGAIN = "first question", "given answer", "second question"  # of a probe
-OURS = ("raw", "finish_reason")  # keys of messages that templates need not see
+OURS = ("raw", "finish_reason", "weight")  # keys of messages that templates need not see
 
 
 class TemplateError(ValueError):

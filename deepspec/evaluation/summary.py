@@ -44,14 +44,14 @@ def results_of(
     bootstrap_samples: int,
     seed: int,
     skipped: Mapping[str, int],
-    asked: Mapping[str, Sequence[int]],
+    asked: Mapping[str, Sequence[int]] | None = None,
 ) -> list[dict[str, Any]]:
     """Per temperature: `sets` (name -> metrics of `set_metrics`), `macro`, the mean over the sets, and `reliability` of
     the confidences, pooled over the sets.
 
     Args:
         skipped: by set, prompts that were too long.
-        asked: by set, how many turns each of the others has.
+        asked: by set, how many turns each of the others has; None = as many as were decoded.
     """
     grouped: dict[tuple[str, float], list[Record]] = {(s, t): [] for t in temperatures for s in sets}
     for record in sorted(records, key=lambda record: record.start):
@@ -61,7 +61,7 @@ def results_of(
         of_sets = {name: grouped[name, temperature] for name in sets}
         resampler = Resampler(bootstrap_samples, seed)
         metrics = {
-            name: {"skipped": skipped[name], "skipped_turns": _skipped_turns(chunks, asked[name])}
+            name: {"skipped": skipped[name], "skipped_turns": _skipped_turns(chunks, asked[name]) if asked else 0}
             | set_metrics(chunks, block_size=block_size, baseline=baseline, resampler=resampler)
             for name, chunks in of_sets.items()
         }
