@@ -95,7 +95,7 @@ def test_more_prompts_in_another_order_go_on(run, tmp_path, capsys):
     assert few.items() <= all_rows.items()
     assert len(all_rows) == 6
     said = capsys.readouterr().out
-    assert "6 prompts; 3 are done; 1 have an id that another prompt has" in said
+    assert "6 prompts; 3 are done; 1 with the id of another prompt" in said
 
 
 def test_a_draft_changes_no_greedy_answer(run, training_world, tmp_path):

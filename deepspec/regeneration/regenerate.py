@@ -225,7 +225,7 @@ def _plan(options: RegenerateOptions, counts: Counter[str], wanted: int, done: i
         named = Counter(left_out.values())
         parts.append(", ".join(f"{count} of them left out ({reason})" for reason, count in sorted(named.items())))
     if counts["renamed"]:
-        parts.append(f"{counts['renamed']} have an id that another prompt has and get one of their own (ID~DIGEST)")
+        parts.append(f"{counts['renamed']} with the id of another prompt get one of their own (ID~DIGEST)")
     return "; ".join(parts)
 
 

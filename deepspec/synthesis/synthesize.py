@@ -202,11 +202,14 @@ class Synthesis:
 
     def _question(self, number: int, limit: int) -> Question:
         opening = self._opening(number)
+        room = limit - len(opening.prompt_ids)
+        if room < 1:
+            raise ConfigError(f"a system prompt of {len(opening.prompt_ids)} tokens; there are {limit} positions")
         return Question(
             key=str(number),
             prompt_ids=opening.prompt_ids,
             seed=seed_of(self._options.seed, f"synthetic {number}", 0),
-            max_new_tokens=min(self._options.max_new_tokens, limit - len(opening.prompt_ids)),
+            max_new_tokens=min(self._options.max_new_tokens, room),
             stop_token_ids=tuple(sorted({*opening.stop_token_ids, *self._speaker.stop_token_ids})),
             stop_strings=opening.stop_strings,
         )
