@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -12,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from deepspec.config import DataConfig, TargetConfig
 
 FIELD = "rendering"  # in the config of a draft
+ANSWERS_SETTINGS = ".regenerate/settings.json"  # in a folder that data_prep.regenerate wrote
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,32 @@ class Rendering:
             {"chat_template": "its own"} if self.template else {}
         )
 
-    def differences(self, trained: Rendering) -> list[str]:
-        """In words, what is otherwise than in training."""
+    def differences(self, other: Rendering, where: str = "in training") -> list[str]:
+        """In words, what is otherwise than there."""
         found = []
-        for key in sorted(self.template_options.keys() | trained.template_options.keys()):
-            now, before = (options.get(key, "not set") for options in (self.template_options, trained.template_options))
+        for key in sorted(self.template_options.keys() | other.template_options.keys()):
+            now, before = (options.get(key, "not set") for options in (self.template_options, other.template_options))
             if now != before:
-                found.append(f"data.template_options.{key} is {now}, in training it was {before}")
-        if self.system_prompt != trained.system_prompt:
-            found.append(f"data.system_prompt is {self.system_prompt!r}, in training it was {trained.system_prompt!r}")
-        if self.template_sha256 != trained.template_sha256:
-            found.append("the chat template is another one than in training")
+                found.append(f"data.template_options.{key} is {now}, {where} it was {before}")
+        if self.system_prompt != other.system_prompt:
+            found.append(f"data.system_prompt is {self.system_prompt!r}, {where} it was {other.system_prompt!r}")
+        if self.template_sha256 != other.template_sha256:
+            found.append(f"the chat template is another one than {where}")
         return found
+
+
+def differences_of_answers(sources: Sequence[str], rendering: Rendering) -> list[str]:
+    """In words, which folders of `data_prep.regenerate` hold answers to prompts that were rendered otherwise."""
+    found = []
+    for source in sources:
+        file = Path(source) / ANSWERS_SETTINGS
+        if file.is_file():
+            written = json.loads(file.read_text(encoding="utf-8"))
+            then = Rendering(
+                written["chat_template"], None, written["template_options"], written.get("system_prompt") or None
+            )
+            found += [f"{source}: {text}" for text in rendering.differences(then, "when it was written")]
+    return found
 
 
 def template_name(data: DataConfig, target: TargetConfig) -> str:

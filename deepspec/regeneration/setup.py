@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from deepspec.config import ConfigError
 from deepspec.data.chat import render_prompt
 from deepspec.data.conversation import Message
+from deepspec.data.rendering import template_digest
 from deepspec.data.templates import Tools
 from deepspec.decoding import DSparkProposer, SpeculativeEngine
 from deepspec.drafts import load_draft
@@ -61,7 +61,7 @@ class Speaker:
 
     def settings(self) -> dict[str, Any]:
         """What rows depend on, for the record."""
-        template = hashlib.sha256((self.tokenizer.chat_template or "").encode()).hexdigest()[:16]
+        template = template_digest(self.tokenizer.chat_template)
         who = {"target": self.name} if self.fingerprint is None else {"target.fingerprint": self.fingerprint}
         return who | {"chat_template": template, "template_options": dict(self.template_options)}
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from deepspec.config import ConfigError, TrainRun
 from deepspec.data.dataset import ConversationDataset, check_vocabulary, tokenize_conversations
 from deepspec.data.mask_token import find_mask_token
-from deepspec.data.rendering import Rendering, template_name
+from deepspec.data.rendering import Rendering, differences_of_answers, template_name
 from deepspec.drafts import DraftSettings, DSparkModel, build_draft, build_draft_config, engine_limits, load_draft
 from deepspec.features import CachedFeatures, CachedRendering, FeatureSource, OnlineFeatures
 from deepspec.features.served import connect_served
@@ -90,6 +90,10 @@ def prepare_materials(
         logger.warning("engines cannot serve this draft as it is trained: %s", "; ".join(limits))
     if config.train.start_from is not None:
         check_settings(draft_config, config.train.start_from)
+    rendering = Rendering.of(tokenizer, config.data)
+    if accelerator.is_main_process:
+        for difference in differences_of_answers(config.data.train_files, rendering):
+            logger.warning("%s; the draft would learn on other prompts than the target answered", difference)
     with accelerator.main_process_first():
         train_set, eval_set = load_datasets(config, tokenizer)
     if accelerator.is_main_process:
@@ -99,7 +103,7 @@ def prepare_materials(
         check_target(target)
     draft_config.target_fingerprint = target.fingerprint
     draft_config.target_gguf_file = config.target.gguf_file
-    Rendering.of(tokenizer, config.data).record_in(draft_config)
+    rendering.record_in(draft_config)
     if checkpoint is None:
         draft = _new_draft(config, draft_config, target)
     else:
