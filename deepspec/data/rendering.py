@@ -50,7 +50,7 @@ class Rendering:
         """The keys of `data` that are not as they are by default."""
         given: dict[str, Any] = {"template_options": self.template_options, "system_prompt": self.system_prompt}
         return {key: value for key, value in given.items() if value} | (
-            {"chat_template": "its own"} if self.template else {}
+            {"chat_template": "the draft's own"} if self.template else {}
         )
 
     def differences(self, other: Rendering, where: str = "in training") -> list[str]:
