@@ -21,7 +21,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from deepspec.cli import run_hydra
-from deepspec.config import InspectRun
+from deepspec.config import ConfigError, InspectRun
 from deepspec.data.dataset import tokenized_rows
 from deepspec.data.jsonl import DataError
 from deepspec.data.rendering import template_name
@@ -119,8 +119,11 @@ def draw_lengths(samples: datasets.Dataset, path: str) -> None:
     columns = samples.with_format("numpy")
     tokens, supervised = np.asarray(columns["tokens"][:]), np.asarray(columns["supervised"][:])
     bins = np.histogram_bin_edges(tokens, bins=min(60, max(5, len(np.unique(tokens)))))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with figure_of(Path(path), 7, 4, "Lengths of the samples") as figure:
+    file = Path(path)
+    if file.suffix.lower() != ".png" or file.is_dir():
+        raise ConfigError(f"plot={path}: must be a file that ends in .png")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with figure_of(file, 7, 4, "Lengths of the samples") as figure:
         axes = figure.subplots()
         for values, label, colour in zip((tokens, supervised), ("all tokens", "supervised"), PALETTE, strict=False):
             axes.hist(values, bins=bins.tolist(), histtype="stepfilled", alpha=0.5, label=label, color=colour)

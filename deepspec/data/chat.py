@@ -95,11 +95,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> lis
         return [_encoded_apart(tokenizer, sample) for sample in pieces]
     texts = ["".join(text for text, _ in sample) for sample in pieces]
     encodings = tokenizer(texts, add_special_tokens=False, verbose=False).encodings if texts else []
+    splits = not _adds_space(tokenizer)
     encoded = []
     for text, sample, encoding in zip(texts, pieces, encodings or [], strict=True):
         borders = np.cumsum([len(piece) for piece, _ in sample]).tolist()[:-1]
         starts = [_first_token(encoding, text, border) for border in borders]
-        if None in starts:
+        if splits and any(_straddles(encoding, text, *pair) for pair in zip(borders, starts, strict=True)):
             encoded.append(_encoded_apart(tokenizer, sample))
         else:
             counts = np.diff([0, *starts, len(encoding)])
@@ -107,8 +108,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> lis
     return encoded
 
 
-def _first_token(encoding: tokenizers.Encoding, text: str, border: int) -> int | None:
-    """The first token behind a place in the text; None where a token holds text of both sides.
+def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text alone gets a space in front, as by SentencePiece: then pieces cannot be tokenized apart, and a
+    token that holds the space before an answer counts as the answer's."""
+    ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return str(tokenizer.convert_ids_to_tokens(ids)[0]).startswith(("\u2581", "\u0120"))
+
+
+def _first_token(encoding: tokenizers.Encoding, text: str, border: int) -> int:
+    """The first token with text behind a place.
 
     The offsets of a token may leave out its leading spaces; those of a token of spaces alone are then empty.
     """
@@ -116,9 +124,14 @@ def _first_token(encoding: tokenizers.Encoding, text: str, border: int) -> int |
     token = next((found for found in inside if found is not None), len(encoding))
     while token > 0 and border < _span(encoding, token - 1)[0] == _span(encoding, token - 1)[1]:
         token -= 1
+    return token
+
+
+def _straddles(encoding: tokenizers.Encoding, text: str, border: int, token: int) -> bool:
+    """Whether the first token behind a border holds text before it, or was cut with a view to what follows."""
     begins_before = token < len(encoding) and _span(encoding, token)[0] < border
     takes_a_space = text[border - 1] == " " and token > 0 and _span(encoding, token - 1)[1] < border
-    return None if begins_before or takes_a_space else token
+    return begins_before or takes_a_space or text[max(0, border - 2) : border] == "  "
 
 
 def _span(encoding: tokenizers.Encoding, token: int) -> tuple[int, int]:

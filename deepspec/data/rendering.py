@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,10 @@ class Rendering:
     def recorded_in(cls, draft_config: PreTrainedConfig) -> Rendering | None:
         """That of the draft's training; None where nobody recorded it."""
         record = getattr(draft_config, FIELD, None)
-        return cls(**record) if isinstance(record, dict) else None
+        names = [entry.name for entry in fields(cls)]
+        if not isinstance(record, dict) or not set(names) <= record.keys():
+            return None
+        return cls(**{name: record[name] for name in names})
 
     def record_in(self, draft_config: PreTrainedConfig) -> None:
         setattr(draft_config, FIELD, asdict(self))

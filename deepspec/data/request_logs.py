@@ -179,17 +179,23 @@ def _messages(place: str, request: dict[str, Any]) -> list[Message]:
 
 
 def _messages_of_items(items: Any) -> Iterator[Message]:
-    """The input of /v1/responses as messages."""
+    """The input of /v1/responses as messages; calls that follow one another are one turn."""
+    calls: list[dict[str, Any]] = []
     for item in [{"role": "user", "content": items}] if isinstance(items, str) else items:
         kind = item.get("type", "message") if isinstance(item, dict) else None
         if kind == "function_call":
             called = {"name": item.get("name"), "arguments": item.get("arguments", "")}
-            call = {"id": item.get("call_id"), "type": "function", "function": called}
-            yield {"role": "assistant", "content": None, "tool_calls": [call]}
-        elif kind == "function_call_output":
+            calls.append({"id": item.get("call_id"), "type": "function", "function": called})
+            continue
+        if calls:
+            yield {"role": "assistant", "content": None, "tool_calls": calls}
+            calls = []
+        if kind == "function_call_output":
             yield {"role": "tool", "content": str(item.get("output")), "tool_call_id": item.get("call_id")}
         elif kind != "reasoning":
             yield item
+    if calls:
+        yield {"role": "assistant", "content": None, "tool_calls": calls}
 
 
 def _tidy(message: Message) -> Message:

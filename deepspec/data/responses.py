@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from deepspec.data.turns import messages_of
 
 KEPT = ("role", "content", "reasoning_content", "tool_calls", "function_call")  # of a message; null ones are dropped
 CUT_REASONS = ("length", "max_tokens", "max_output_tokens", "model_length", "abort", "aborted")
+LINE = re.compile(r"\r\n|\r|\n")  # of a stream; text may hold what else counts as a line break
 FAILURES = ("error", "failed", "cancelled")
 COMPLETED_EVENTS = ("response.completed", "response.incomplete", "response.failed")
 
@@ -69,7 +71,7 @@ def _parsed(text: str) -> Any:
     """JSON, the chunks of a stream, or else the text itself."""
     start = text.lstrip()
     if start.startswith(("data:", "event:", ":")):
-        return list(_events(start.splitlines()))
+        return list(_events(LINE.split(start)))
     if start[:1] in ("{", "["):
         try:
             return json.loads(text)
@@ -95,7 +97,7 @@ def _events(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 def _of_list(parts: list[Any]) -> Any:
     """The body that a list of chunks, of lines or of messages amounts to."""
     if parts and all(isinstance(part, str) for part in parts):
-        parts = list(_events(line for part in parts for line in part.splitlines()))
+        parts = list(_events(line for part in parts for line in LINE.split(part)))
     dictionaries = [part for part in parts if isinstance(part, dict)]
     if failed := next((part for part in dictionaries if part.get("error")), None):
         return failed
@@ -122,12 +124,15 @@ class _Piecewise:
                 self.texts[name].append(given)
         for place, piece in enumerate(delta.get("tool_calls") or []):
             index = piece.get("index", place)
+            if piece.get("id") and self.calls.get(index, {}).get("id", piece["id"]) != piece["id"]:
+                index = max(self.calls) + 1  # servers without indices send whole calls
             call = self.calls.setdefault(index, {"type": "function", "function": {"name": "", "arguments": ""}})
             if piece.get("id"):
                 call["id"] = piece["id"]
             function = piece.get("function") or {}
-            call["function"]["name"] += function.get("name") or ""
-            call["function"]["arguments"] += function.get("arguments") or ""
+            if (name := function.get("name") or "") != call["function"]["name"]:  # some repeat it
+                call["function"]["name"] += name
+            call["function"]["arguments"] += _as_text(function.get("arguments") or "")
         if choice.get("finish_reason") is not None:
             self.rest |= {name: choice[name] for name in ("finish_reason", "stop_reason") if name in choice}
 
@@ -137,6 +142,10 @@ class _Piecewise:
         if self.calls:
             message["tool_calls"] = [call for _, call in sorted(self.calls.items())]
         return {"index": index, "message": message, **self.rest}
+
+
+def _as_text(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _whole_characters(text: str) -> str:

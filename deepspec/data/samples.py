@@ -14,7 +14,10 @@ Sample = list[Piece]
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # What templates put before an answer without thoughts, so that it looks like one that has thought: `<think></think>`.
-EMPTY_THOUGHT = re.compile(r"\s*(?:<[^<>/\s]+>)?\s*</[^<>\s]+>\s*")
+EMPTY_THOUGHT = re.compile(
+    r"\s*(?:<([^<>/\s]+)>\s*</\1>|</[^<>\s]*(?:think|thought|reason)[^<>\s]*>)\s*", re.IGNORECASE
+)
+CUT = ("length", "max_tokens")  # finish reasons of an answer that has no end
 
 
 def write_samples(template: ChatTemplate, messages: Sequence[Message], tools: Tools = None) -> list[Sample]:
@@ -40,7 +43,7 @@ def write_samples(template: ChatTemplate, messages: Sequence[Message], tools: To
         raise ValueError(f"the conversation has no assistant turn to learn from (roles: {roles}); add one")
     readable = template.readable(messages, tools)
     is_as_given = len(turns) < len(answers)  # markers are around every answer
-    is_as_given |= any("raw" in messages[n] or messages[n].get("finish_reason") == "length" for n in turns)
+    is_as_given |= any("raw" in messages[n] or messages[n].get("finish_reason") in CUT for n in turns)
     if template.has_markers(tools) and not is_as_given:
         return _marked_samples(template, readable, turns, tools)
     samples: list[Sample] = []
@@ -59,7 +62,8 @@ def _marked_samples(template: ChatTemplate, messages: list[Message], turns: list
     if not any(last > first for first, last in spans):
         raise TemplateError(f"the {{% generation %}} markers of {template.name} enclose nothing of this conversation")
     thoughts = Counter(filter(None, (_thoughts(messages[number]) for number in turns)))
-    if all(text.count(thought) >= times for thought, times in thoughts.items()):
+    marked = "".join(text[first:last] for first, last in spans)
+    if all(marked.count(thought) >= times for thought, times in thoughts.items()):
         return [_cut_up(text, spans)]
     samples = []
     for number in turns:
@@ -114,7 +118,7 @@ class _Turn:
         """
         self.template, self.message, self.tools = template, message, tools
         self.before, self.turn, self.behind = readable[:number], readable[number], readable[number + 1 :]
-        self.is_cut = message.get("finish_reason") == "length"
+        self.is_cut = message.get("finish_reason") in CUT
 
     def split(self) -> tuple[str, str]:
         """What the target reads, and what it then writes.
@@ -133,18 +137,19 @@ class _Turn:
         except TemplateError as error:
             return self._within_the_whole(error)
         shared = 0 if prompt is None else _shared_length(full, prompt)
-        if prompt is not None and (shared == len(prompt) or self._says_last(full[:shared])):
+        if prompt is not None and self._is_behind_the_rest(full, prompt, shared):
             opened = self._opening(full[shared:], prompt[shared:])
             context, answer = prompt if opened else full[:shared], self._answer(full, shared + opened)
         else:  # nothing to compare with, or a template that shows a prompt otherwise than what has been answered
             start = self._content_start(full)
-            context, answer = full[:start] if prompt is None else prompt, self._answer(full, start)
+            has_prompt = prompt is not None and self.before[-1].get("role") != "assistant"
+            context, answer = prompt if has_prompt and prompt else full[:start], self._answer(full, start)
         if prompt is not None and not self._is_shown(answer):
             context, answer = self._as_written(prompt)
         else:
             skipped = self._empty_thought(answer)
             context, answer = context + answer[:skipped], answer[skipped:]
-        self._check(context, answer, full, prompt)
+        self._check(answer, full, prompt)
         return context, answer
 
     def _prompt(self) -> str | None:
@@ -171,12 +176,24 @@ class _Turn:
                 return place + len(opening)
         return 0
 
-    def _says_last(self, context: str) -> bool:
-        """Whether a context holds the message before the turn."""
-        if not self.before:
+    def _is_behind_the_rest(self, full: str, prompt: str, shared: int) -> bool:
+        """Whether all that stands before the turn is in what conversation and prompt share.
+
+        If they part earlier, the conversation with another message before the turn says where that message ends. After
+        a turn of the assistant, templates often open no other one.
+        """
+        if self.before[-1].get("role") == "assistant":
             return False
-        said = _squeezed(_content(self.before[-1]))
-        return said in _squeezed(context) or self.before[-1].get("role") == "tool"
+        if shared == len(prompt):
+            return True
+        content = _content(self.before[-1])
+        other = next(letter for letter in "ABC" if letter not in content[-1:])
+        before = [*self.before[:-1], {**self.before[-1], "content": other}]
+        try:
+            otherwise = self.template.text([*before, self.turn], self.tools)
+        except TemplateError:
+            return False
+        return 0 < len(full) - shared_length(full[::-1], otherwise[::-1]) <= shared
 
     def _content_start(self, full: str) -> int:
         """Where the conversation differs when the content of the turn does."""
@@ -200,15 +217,25 @@ class _Turn:
         return whole[:start], whole[start:end] + ("" if self.is_cut else ending)
 
     def _answer(self, full: str, start: int) -> str:
-        """From `start` to the end of the turn."""
+        """From `start` to the end of the turn, or of an answer that was cut to its last text."""
         ending = self.template.ending
+        if self.is_cut:
+            return self._cut(full[start:])
         if full.endswith(ending.tail):
-            body = full[start : len(full) - len(ending.tail)]
-            return body if self.is_cut else body + self._end_of_turn(full)
+            return full[start : len(full) - len(ending.tail)] + self._end_of_turn(full)
         answer = full[start:].rstrip()
         markers = MARKER.findall(ending.end_of_turn)
         end = answer.rfind(markers[-1]) if markers else -1
         return answer if end < 0 else answer[: end + len(markers[-1])]
+
+    def _cut(self, answer: str) -> str:
+        for last in (_content(self.turn), _content(self.turn).strip(), _thoughts(self.turn)):
+            place = answer.rfind(last) if last.strip() else -1
+            if place >= 0:
+                return answer[: place + len(last)]
+        if self.turn.get("tool_calls"):
+            raise TemplateError("an answer that was cut within a tool call cannot be rendered; leave it out")
+        return ""
 
     def _end_of_turn(self, full: str) -> str:
         """Of a call whose end the template shows only with what follows, what that begins with."""
@@ -228,6 +255,8 @@ class _Turn:
             return True
         if not content.strip():
             return self.is_cut or self.template.ending.end_of_turn in answer
+        if self.is_cut and "<think>" in content and "</think>" not in content:
+            return False
         return "</think>" not in content or _squeezed(_thoughts(self.turn)) in _squeezed(answer)
 
     def _as_written(self, prompt: str) -> tuple[str, str]:
@@ -247,18 +276,20 @@ class _Turn:
         places = [answer.find(text) for text in (content, content.strip("\n"), content.strip()) if text.strip()]
         return next((place for place in places if place >= 0), len(answer))
 
-    def _check(self, context: str, answer: str, full: str, prompt: str | None) -> None:
+    def _check(self, answer: str, full: str, prompt: str | None) -> None:
         """
         Raises:
-            TemplateError: what is supervised is not this turn, all of it, and nothing else.
+            TemplateError: what is supervised is not all of this turn with its end.
         """
         content = _content(self.turn)
         said = content.rpartition("</think>")[2] if _thoughts(self.turn) else content
-        shown = _squeezed(answer)
-        names = [call["function"]["name"] for call in self.turn.get("tool_calls") or []]
-        has_all = _squeezed(said) in shown and all(name in answer for name in names)
-        if has_all and (not self.before or self._says_last(context)):
+        calls = [] if self.is_cut else self.turn.get("tool_calls") or []
+        names = [str(call["function"]["name"]) for call in calls]
+        has_all = _squeezed(said) in _squeezed(answer) and all(name in answer for name in names)
+        if has_all and (self.is_cut or calls or answer.endswith(self.template.ending.end_of_turn)):
             return
+        if calls and said.strip():
+            raise TemplateError(f"{self.template.name} does not show the text {said[:40]!r} beside a tool call")
         if prompt is None:
             found = f"the conversation with the answer is {full[-80:]!r}"
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import pairwise, product
@@ -14,6 +15,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from deepspec.config import ConfigError
 from deepspec.data.conversation import Message
 
 Tools = Sequence[dict[str, Any]] | None
@@ -23,6 +25,10 @@ MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|〈[^〈〉\s]+〉")  # how temp
 LONGEST_MARKER = 64  # characters
 OPENING = re.compile(r"start|begin|open", re.IGNORECASE)  # names of those that begin a turn
 USER, ASSISTANT, AGAIN = "first question", "given answer", "second question"  # of a probe
+RESERVED = {"messages", "tools", "documents", "conversations", "chat_template", "add_generation_prompt", "tokenize"} | {
+    "continue_final_message",
+    "return_assistant_tokens_mask",
+}  # what the rendering itself says
 OURS = ("raw", "finish_reason", "weight")  # keys of messages that templates need not see
 
 
@@ -56,6 +62,8 @@ class ChatTemplate:
         self.name = name
         self.tokenizer = tokenizer
         self.options = dict(options or {})
+        if reserved := RESERVED & self.options.keys():
+            raise ConfigError(f"data.template_options.{min(reserved)}: is not an option of the template; leave it out")
         self.system_prompt = system_prompt or None
 
     def source(self, tools: Tools) -> str:
@@ -106,13 +114,30 @@ class ChatTemplate:
         failures = []
         for form in forms:
             try:
-                if _shows_calls(self.text(form, tools), form):
+                if self._shows_calls(form, tools):
                     return form
             except TemplateError as error:
                 failures.append(error)
         if len(failures) == len(forms):
             raise failures[0]
         raise TemplateError(f"{self.name} leaves out a tool call; give one that shows it")
+
+    def _shows_calls(self, messages: list[Message], tools: Tools) -> bool:
+        """Whether every tool call is in the text, and no absent content as the word None."""
+        text = self.text(messages, tools)
+        if "None" in text and "None" not in json.dumps([messages, tools]):
+            return False
+        called = [call["function"] for message in messages for call in message.get("tool_calls") or []]
+        arguments = [function["arguments"] for function in called if isinstance(function.get("arguments"), str)]
+        if any(json.dumps(value)[1:-1] in text for value in arguments if '"' in value):  # JSON within JSON
+            return False
+        for number, message in enumerate(messages):
+            if message.get("tool_calls"):
+                silent = {"content": "", **{key: value for key, value in message.items() if key != "tool_calls"}}
+                with suppress(TemplateError):
+                    if self.text([*messages[:number], silent, *messages[number + 1 :]], tools) == text:
+                        return False
+        return all(str(function.get("name")) in text for function in called)
 
     @cached_property
     def reads_strings(self) -> bool:
@@ -203,7 +228,9 @@ class ChatTemplate:
         if shared.strip():
             return shared.rstrip()
         first = MARKER.search(tail)
-        return tail[: first.end()] if first else tail.rstrip()
+        if first:
+            return tail[: first.end()]
+        return tail.rstrip() if not gap else shared or str(self.tokenizer.eos_token or "")
 
 
 def shared_length(one: str, other: str) -> int:
@@ -287,13 +314,3 @@ def _with_arguments(message: Message, as_json: bool) -> Message:
             pass
         calls.append({"type": "function", **(call if "function" in call else {}), "function": function})
     return {**message, "tool_calls": calls}
-
-
-def _shows_calls(text: str, messages: list[Message]) -> bool:
-    """Whether every tool call is in the text, and no absent content as the word None."""
-    called = [call["function"] for message in messages for call in message.get("tool_calls") or []]
-    names = [str(function.get("name")) for function in called]
-    arguments = [str(function["arguments"]) for function in called if isinstance(function.get("arguments"), str)]
-    escaped = any(json.dumps(value)[1:-1] in text for value in arguments if '"' in value)  # JSON within JSON
-    absent = any(message.get("content") is None for message in messages) and "None" in text
-    return all(name in text for name in names) and not escaped and not (absent and "None" not in json.dumps(messages))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -64,12 +64,21 @@ def tokenized_rows(
         DataError: a source that cannot be read, or a bad row (with `stop`).
     """
     path = Path(cache_dir) / f"{_content_digest(files, template, max_length)}.arrow"
-    if not path.is_file():
+    rows = _opened(path)
+    if rows is None:
         _write(path, files, template, max_length, stops=on_bad_row == "stop")
-    rows = datasets.Dataset.from_file(str(path))
+        rows = datasets.Dataset.from_file(str(path))
     if on_bad_row == "stop" and (problem := next(filter(None, rows["problem"]), "")):
         raise RowError(problem)
     return rows
+
+
+def _opened(path: Path) -> datasets.Dataset | None:
+    """What is there, if it is whole: a disk that was full may have cut it."""
+    try:
+        return datasets.Dataset.from_file(str(path)) if path.is_file() else None
+    except (pa.ArrowException, OSError):
+        return None
 
 
 def _write(path: Path, files: Sequence[str], template: ChatTemplate, max_length: int, stops: bool) -> None:
@@ -158,11 +167,13 @@ def _content_digest(files: Sequence[str], template: ChatTemplate, max_length: in
     digest = hashlib.sha256()
     for file in files:
         digest.update(source_digest(file).encode())
+    tokenizer: Any = template.tokenizer
     settings = [
         RENDERING,
         SCHEMA.names,
-        template.tokenizer.chat_template,
-        sorted(template.tokenizer.get_vocab().items()),
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items()),
         template.options,
         template.system_prompt,
         max_length,

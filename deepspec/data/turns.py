@@ -15,6 +15,13 @@ ROLES |= {role: role for role in ("ipython", "observation")}
 ROLES |= dict.fromkeys(("human", "prompter"), "user")
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "claude", "model", "bot", "ai", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("function", "function_response", "tool_response"), "tool")
+WITHOUT_CONTENT = {
+    "tool_calls",
+    "raw",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+}  # of an assistant
 SHOWN_ROLES = "system, developer, user (human), assistant (gpt, model, bot), tool (function), ipython, observation"
 
 
@@ -68,11 +75,13 @@ def _message(place: str, key: str, turn: Any) -> Message:
 
 
 def _check_content(place: str, key: str, message: Message) -> None:
+    if not isinstance(message.get("raw", ""), str):
+        raise RowError(f"{place}: {key}: raw must be the text that the target wrote, found {message['raw']!r:.60}")
     content = message["content"]
     if isinstance(content, str):
         return
     if content is None:
-        if message["role"] != "assistant" or not {"tool_calls", "raw", "reasoning_content"} & set(message):
+        if message["role"] != "assistant" or not WITHOUT_CONTENT & set(message):
             raise RowError(f"{place}: {key} ({message['role']}): null, which only goes with tool_calls; give a text")
     elif not isinstance(content, list) or not all(isinstance(part, dict | str) for part in content):
         raise RowError(f"{place}: {key} ({message['role']}): expected a text or a list of parts, found {content!r:.60}")
@@ -100,8 +109,10 @@ def _call(place: str, key: str, call: Any) -> dict[str, Any]:
         named = {name: call[name] for name in ("name", "arguments") if name in call}
         call = {"type": "function", **{name: part for name, part in call.items() if name not in named}}
         call["function"] = named
-    if not isinstance(call, dict) or not isinstance(call.get("function"), dict) or "name" not in call["function"]:
+    if not isinstance(call, dict) or not isinstance(call.get("function"), dict) or not call["function"].get("name"):
         raise RowError(f'{place}: {key}: expected {{"function": {{"name", "arguments"}}}}, found {call!r:.80}')
+    if not isinstance(call["function"]["name"], str):
+        raise RowError(f"{place}: {key}.function.name: expected a text, found {call['function']['name']!r:.60}")
     arguments = call["function"].get("arguments")
     if isinstance(arguments, str):
         # What is no JSON object stays as it was written: a target may have called wrongly.

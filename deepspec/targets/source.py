@@ -159,7 +159,10 @@ def load_tokenizer(
         file = Path(chat_template)
         if not file.is_file():
             raise FileNotFoundError(f"data.chat_template={chat_template}: no such file")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"data.chat_template={chat_template}: not UTF-8 ({error}); convert the file") from error
     return tokenizer
 
 
