@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -11,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspec.decoding.requests import Request
-from deepspec.decoding.sampling import LARGEST_UNIFORM, SamplingSettings, UniformStream, draw, probabilities, sample
+from deepspec.decoding.sampling import (
+    LARGEST_UNIFORM,
+    SamplingSettings,
+    UniformStream,
+    draw,
+    draw_token,
+    probabilities,
+    sample,
+)
 
 VOCAB = 50
 
@@ -115,6 +124,49 @@ def test_top_k_alone_keeps_tokens_of_any_small_probability():
     logits = torch.tensor([[[0.0, -25.0, -26.0, -27.0]]])
     kept = probabilities(logits, settings_of({"temperature": 1.0, "top_k": 3}, vocab=4))
     assert kept.gt(0).tolist() == [[[True, True, True, False]]]
+
+
+def by_sorting(logits: torch.Tensor, row: dict[str, Any]) -> torch.Tensor:
+    """The distribution [vocab] of one row, from the sorted vocabulary."""
+    if not row["temperature"]:
+        return torch.nn.functional.one_hot(logits.argmax(), len(logits)).float()
+    result = torch.softmax(logits / row["temperature"], 0)
+    kth = result.sort(descending=True).values[min(row["top_k"] or len(logits), len(logits)) - 1]
+    ordered = result.masked_fill(result < kth, 0.0).sort(descending=True).values
+    if row["top_p"] < 1:
+        ordered = ordered.masked_fill(ordered.cumsum(0) - ordered >= row["top_p"] * ordered.sum(), 0.0)
+    border = torch.maximum(ordered[ordered > 0].min(), row["min_p"] * result.max())
+    kept = result.masked_fill(result < border, 0.0)
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("trial", range(12))
+def test_the_likeliest_tokens_tell_what_sorting_tells(trial):
+    """Over a vocabulary that is not sorted at once; flat rows need more of it, rounded ones have ties at the border."""
+    draws = random.Random(trial)
+    rows = [
+        {
+            "temperature": draws.choice([0.0, 0.05, 0.7, 1.0, 1.5]),
+            "top_k": draws.choice([0, 0, 5, 127, 128, 129, 1000, 3000]),
+            "top_p": draws.choice([0.01, 0.5, 0.9, 0.99, 1.0]),
+            "min_p": draws.choice([0.0, 0.0, 0.001, 0.05]),
+        }
+        for _ in range(8)
+    ]
+    vocab, generator = draws.choice([600, 3500, 10_000]), torch.Generator().manual_seed(trial)
+    scale = torch.tensor([draws.choice([0.01, 0.5, 1.0, 3.0, 10.0]) for _ in rows])
+    logits = scale[:, None, None] * torch.randn(8, 2, vocab, generator=generator)
+    if trial % 3 == 0:
+        logits = (2 * logits).round() / 2
+    wanted = torch.stack(
+        [torch.stack([by_sorting(x, row) for x in of_row]) for of_row, row in zip(logits, rows, strict=True)]
+    )
+    ours = probabilities(logits, settings_of(*rows, vocab=vocab))
+    assert torch.equal(ours > 0, wanted > 0)
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-12)
+    uniform = torch.rand(8, generator=generator, dtype=torch.float64)
+    tokens = draw_token(logits[:, 0], settings_of(*rows, vocab=vocab), uniform)
+    assert torch.equal(tokens, sample(ours[:, 0], uniform))
 
 
 def test_half_precision_logits_are_widened_first():

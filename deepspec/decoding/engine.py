@@ -28,7 +28,7 @@ from deepspec.decoding.proposers import Proposer
 from deepspec.decoding.requests import Completion, Request, Timing
 from deepspec.decoding.rounds import Batch, Outcome, Rounds, all_finite
 from deepspec.decoding.rows import Row
-from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw
+from deepspec.decoding.sampling import SamplingSettings, UniformStream, draw_token
 from deepspec.decoding.span import Span
 from deepspec.decoding.stopping import Decode, StopCondition
 from deepspec.decoding.verification import VERIFICATION_RULES
@@ -224,7 +224,7 @@ class SpeculativeEngine:
         settings = SamplingSettings.of_requests([row.request for row in entering], vocab, self._device, seen)
         uniform = self._uniform(entering, settings)
         penalised = settings.penalty.apply(logits) if settings.penalty else logits
-        tokens, _ = draw(penalised, settings, None if uniform is None else uniform[:, -1:])
+        tokens = draw_token(penalised[:, 0], settings, None if uniform is None else uniform[:, -1])[:, None]
         if settings.penalty:
             self._remember(slots, settings.penalty.after(tokens).seen)
         self._rows += [None] * (max(slots) + 1 - len(self._rows))

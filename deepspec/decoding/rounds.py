@@ -15,7 +15,7 @@ from deepspec.decoding.graphs import Graphs, Tensors, ladder, next_size
 from deepspec.decoding.passes import target_pass
 from deepspec.decoding.policies import Policy
 from deepspec.decoding.proposers import Proposal, Proposer
-from deepspec.decoding.sampling import SamplingSettings, draw, probabilities
+from deepspec.decoding.sampling import SamplingSettings, draw_token, probabilities
 from deepspec.decoding.span import Span
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict, verify_greedy
 from deepspec.kernels.dispatch import runs_in_triton
@@ -185,8 +185,8 @@ class Rounds:
     ) -> Verdict:
         drafted = logits.shape[1] - 1
         if proposal is None or drafted == 0:
-            token, _ = draw(logits, settings, None if uniform is None else uniform[:, -1:])
-            return Verdict(torch.zeros_like(token[:, 0]), token[:, 0])
+            token = draw_token(logits[:, 0], settings, None if uniform is None else uniform[:, -1])
+            return Verdict(torch.zeros_like(token), token)
         tokens = proposal.tokens[:, :drafted]
         if uniform is None:
             return verify_greedy(tokens, logits.argmax(-1), proposed)

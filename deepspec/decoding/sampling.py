@@ -18,6 +18,7 @@ from torch import Tensor
 
 from deepspec.decoding.penalties import RepetitionPenalty
 from deepspec.decoding.requests import Request
+from deepspec.decoding.truncation import Limits, draw_kept, smallest_kept
 from deepspec.kernels.inversion import sample
 
 LARGEST_UNIFORM = 1 - 2.0**-52  # so that uniform * total is below total in float64 for every total
@@ -84,6 +85,16 @@ class SamplingSettings:
         """float32 [rows], 0 where greedy."""
         return self.temperature.masked_fill(self.greedy, 0.0).flatten()
 
+    @cached_property
+    def cut(self) -> Tensor:
+        """bool [rows, 1, 1], where top-k, top-p or min-p is on."""
+        return self.truncated | (self.min_p > 0)
+
+    @property
+    def limits(self) -> Limits:
+        """Each [rows, 1, 1]."""
+        return Limits(self.top_k, self.top_p, self.min_p)
+
     @property
     def flags(self) -> tuple[bool, ...]:
         """What the control flow depends on."""
@@ -107,6 +118,19 @@ class SamplingSettings:
             min_p=min_p,
         )
 
+    def of_rows(self, rows: Tensor) -> SamplingSettings:
+        """Of some rows, by bool [rows]; without a penalty. The host waits for the device."""
+        part = self.with_tensors([tensor[rows] for tensor in self.tensors])
+        greedy = part.greedy
+        return replace(
+            part,
+            penalty=None,
+            all_greedy=bool(greedy.all()),
+            any_greedy=bool(greedy.any()),
+            any_truncated=bool(part.truncated.any()),
+            any_min_p=bool(part.min_p.any()),
+        )
+
 
 def probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
     """Distribution after temperature, top-k, top-p and min-p, in float32: [rows, tokens, vocab] -> same shape.
@@ -115,31 +139,27 @@ def probabilities(logits: Tensor, settings: SamplingSettings) -> Tensor:
     the most likely one. Ties at a border are kept. The penalty of the settings counts as applied to the logits already.
     """
     logits = logits.float()
-    result = torch.softmax(logits / settings.temperature if settings.any_scaled else logits, dim=-1)
-    if settings.any_truncated:
-        result = torch.where(settings.truncated, _truncate(result, settings), result)
-    if settings.any_min_p:
-        result = torch.where(settings.min_p > 0, _drop_unlikely(result, settings.min_p), result)
+    result = _softmax(logits, settings)
+    if not settings.is_plain:
+        kept = result.masked_fill(result < _border(result, settings), 0.0)
+        result = torch.where(settings.cut, kept / kept.sum(-1, keepdim=True), result)
     if settings.any_greedy:
         one_hot = torch.zeros_like(result).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         result = torch.where(settings.greedy, one_hot, result)
     return result
 
 
-def _truncate(result: Tensor, settings: SamplingSettings) -> Tensor:
-    ordered = result.sort(dim=-1, descending=True).values
-    kth = ordered.gather(-1, (settings.top_k - 1).expand(*result.shape[:-1], 1))
-    ordered = ordered.masked_fill(ordered < kth, 0.0)
-    mass_before = ordered.cumsum(-1) - ordered
-    outside = mass_before >= settings.top_p * ordered.sum(-1, keepdim=True)
-    smallest_kept = ordered.masked_fill(outside | (ordered == 0), torch.inf).amin(-1, keepdim=True)
-    kept = result.masked_fill(result < smallest_kept, 0.0)
-    return kept / kept.sum(-1, keepdim=True)
+def _softmax(logits: Tensor, settings: SamplingSettings) -> Tensor:
+    return torch.softmax(logits / settings.temperature if settings.any_scaled else logits, dim=-1)
 
 
-def _drop_unlikely(result: Tensor, min_p: Tensor) -> Tensor:
-    kept = result.masked_fill(result < min_p * result.amax(-1, keepdim=True), 0.0)
-    return kept / kept.sum(-1, keepdim=True)
+def _border(result: Tensor, settings: SamplingSettings) -> Tensor:
+    """The smallest probability that is kept: [rows, tokens, vocab] -> [rows, tokens, 1]"""
+    if not settings.any_truncated:
+        return settings.min_p * result.amax(-1, keepdim=True)
+    rows, tokens, _ = result.shape
+    wanted, *limits = (tensor.expand(rows, tokens, 1).reshape(-1, 1) for tensor in (settings.cut, *settings.limits))
+    return smallest_kept(result.flatten(0, 1), Limits(*limits), wanted).view(rows, tokens, 1)
 
 
 def draw(logits: Tensor, settings: SamplingSettings, uniform: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -157,6 +177,28 @@ def draw(logits: Tensor, settings: SamplingSettings, uniform: Tensor | None) -> 
     assert uniform is not None
     distribution = probabilities(logits, settings)
     return sample(distribution, uniform), distribution
+
+
+def draw_token(logits: Tensor, settings: SamplingSettings, uniform: Tensor | None) -> Tensor:
+    """The token that `draw` draws, up to rounding, where nobody needs the distribution.
+
+    Args:
+        logits: [rows, vocab]
+        uniform: float64 [rows]; not needed when every row is greedy.
+
+    Returns:
+        Token ids [rows].
+    """
+    if uniform is None or settings.is_plain or logits.device.type != "cpu":
+        return draw(logits[:, None], settings, None if uniform is None else uniform[:, None])[0][:, 0]
+    cut = settings.cut.flatten()
+    if cut.all():
+        limits = Limits(*(limit[:, 0] for limit in settings.limits))
+        return draw_kept(_softmax(logits.float()[:, None], settings)[:, 0], limits, uniform)
+    tokens = torch.empty(len(logits), dtype=torch.long)
+    for rows in (cut, ~cut):
+        tokens[rows] = draw_token(logits[rows], settings.of_rows(rows), uniform[rows])
+    return tokens
 
 
 class UniformStream:
