@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from deepspec.config import ConfigError
 from deepspec.data.chat import render_prompt, render_samples, tokenize
 from deepspec.data.samples import write_samples
 from deepspec.data.templates import ChatTemplate, TemplateError
@@ -274,3 +277,82 @@ def test_any_text_is_supervised_to_the_letter(texts):
         if rendered.input_ids == [token for piece in pieces for token in piece]:
             expected = [int(is_written) for ids, (_, is_written) in zip(pieces, sample, strict=True) for _ in ids]
             assert rendered.loss_mask == expected
+
+
+AGENT = loop(  # shows the thought of a call only as long as no answer follows
+    "<{{ m.role }}>{% if m.reasoning_content and (messages[-1].role != 'assistant' or messages[-1].tool_calls) %}"
+    "<t>{{ m.reasoning_content }}</t>{% endif %}{{ m.content or '' }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{% endfor %}<end>",
+    "<assistant>",
+)
+
+
+def test_a_call_and_its_result_before_a_rewritten_turn_are_context(tokenizer):
+    tokenizer.chat_template = AGENT
+    turns = [CALLS[0], {**CALLS[1], "reasoning_content": "let me"}, {"role": "tool", "content": "RESULT"}]
+    turns.append({"role": "assistant", "content": "final answer"})
+    assert written(ChatTemplate(tokenizer), turns) == ["<t>let me</t>[look_up]<end>", "final answer<end>"]
+
+
+def test_short_questions_do_not_hide_that_a_turn_was_rewritten(tokenizer):
+    tokenizer.chat_template = loop(
+        "<{{ m.role }}>{% if m.thinking and (loop.last or add_generation_prompt) %}<t>{{ m.thinking }}</t>{% endif %}"
+        "{{ m.content }}<e>",
+        "<assistant>",
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "one apple", "thinking": "hm"}]
+    turns += [{"role": "user", "content": "a"}, {"role": "assistant", "content": "two"}]
+    assert written(ChatTemplate(tokenizer), turns) == ["<t>hm</t>one apple<e>", "two<e>"]
+
+
+def test_the_end_of_an_empty_answer_is_no_empty_thought(tokenizer):
+    tokenizer.chat_template = loop(
+        "{% if m.role == 'user' %}[Q]{{ m.content }}[/Q]{% else %}{{ m.content }}</s>{% endif %}", ""
+    )
+    assert written(ChatTemplate(tokenizer), [TURNS[1], {"role": "assistant", "content": ""}]) == ["</s>"]
+
+
+def test_what_a_template_adds_to_a_cut_thought_is_not_learned(tokenizer):
+    tokenizer.chat_template = loop(
+        "<{{ m.role }}>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}<end>",
+        "<assistant>",
+    )
+    cut = {"role": "assistant", "content": "", "reasoning_content": "half a thou", "finish_reason": "length"}
+    assert written(ChatTemplate(tokenizer), [TURNS[1], cut]) == ["<think>half a thou"]
+    tokenizer.chat_template = AGENT
+    with pytest.raises(TemplateError, match="cut within a tool call"):
+        written(ChatTemplate(tokenizer), [CALLS[0], {**CALLS[1], "finish_reason": "length"}])
+
+
+def test_a_call_that_is_dropped_is_noticed_though_its_name_is_said(tokenizer):
+    tokenizer.chat_template = CHATML
+    turns = [CALLS[0], {**CALLS[1], "content": "I call look_up"}]
+    with pytest.raises(TemplateError, match="leaves out a tool call"):
+        written(ChatTemplate(tokenizer), turns)
+
+
+def test_a_second_turn_in_a_row_is_learned_without_its_header(tokenizer):
+    opening = "{% if messages[-1].role == 'user' %}assistant: {% endif %}"
+    tokenizer.chat_template = loop("{{ m.role }}: {{ m.content }}<end>\n", opening)
+    turns = [TURNS[1], TURNS[2], {"role": "assistant", "content": "second"}]
+    assert written(ChatTemplate(tokenizer), turns) == ["one<end>", "second<end>"]
+
+
+def test_what_rendering_says_itself_is_no_option(tokenizer):
+    with pytest.raises(ConfigError, match=r"data\.template_options\.add_generation_prompt: is not an option"):
+        ChatTemplate(tokenizer, {"add_generation_prompt": False})
+
+
+def test_tokenizers_that_put_a_space_before_a_text(tokenizer):
+    pieces = [("<unk>", 0.0), ("\u2581", -3.0), ("\u2581cab", -2.0), *((letter, -4.0) for letter in "abcdefgst:")]
+    words = Tokenizer(models.Unigram(pieces, 0))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words.decoder = decoders.Metaspace(prepend_scheme="first")
+    spaced = PreTrainedTokenizerFast(tokenizer_object=words)
+    spaced.chat_template = loop(
+        "{% if m.role == 'user' %}ab: {{ m.content }}ad: {% else %}{{ m.content }}{% endif %}", ""
+    )
+    (sample,) = render_samples(spaced, [{"role": "user", "content": "c"}, {"role": "assistant", "content": "cab"}])
+    assert spaced.decode(sample.input_ids) == "ab: cad: cab"
+    assert spaced.decode([token for token, own in zip(sample.input_ids, sample.loss_mask, strict=True) if own]) == "cab"
