@@ -92,7 +92,7 @@ class ChatTemplate:
 
     def with_system_prompt(self, messages: Sequence[Message]) -> list[Message]:
         """The messages behind the system prompt, unless they have one of their own."""
-        if self.system_prompt is None or any(message.get("role") == "system" for message in messages):
+        if self.system_prompt is None or any(message.get("role") in ("system", "developer") for message in messages):
             return list(messages)
         return [{"role": "system", "content": self.system_prompt}, *messages]
 
