@@ -130,6 +130,34 @@ def test_bad_row_names_file_and_line(tokenizer, tmp_path, row, expected):
     assert f"{path}, {expected}" in str(error.value)
 
 
+def test_bad_rows_are_skipped_and_counted_if_asked(tokenizer, tmp_path, caplog):
+    """Rows that cannot be read, of no format, and that the template refuses; also from the file made before."""
+    tokenizer = load_tokenizer("builtin")
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no systems') }}{% endif %}"
+    tokenizer.chat_template = refusing + CHAT_TEMPLATE
+    system = {"role": "system", "content": "Be brief."}
+    path = written(tmp_path / "a.jsonl", [{"messages": TURNS}, {"messages": [system, *TURNS]}, {"text": "x"}])
+    (tmp_path / "a.jsonl").open("a").write("{\n")
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert len(dataset(path, tokenizer, tmp_path, on_bad_row="skip", template_name="the template t.jinja")) == 1
+        assert "3 rows cannot be used and were skipped, the first" in caplog.text
+    with pytest.raises(DataError, match=r"a\.jsonl, line"):
+        dataset(path, tokenizer, tmp_path)
+    path = written(tmp_path / "b.jsonl", [{"messages": TURNS}, {"messages": [system, *TURNS]}])
+    with pytest.raises(DataError, match=r'b\.jsonl, line 2: the template t\.jinja refuses it: "no systems"'):
+        dataset(path, tokenizer, tmp_path, template_name="the template t.jinja")
+
+
+def test_a_damaged_file_of_tokens_is_made_again(tokenizer, tmp_path):
+    path = written(tmp_path / "a.jsonl", [{"messages": TURNS}])
+    before = dataset(path, tokenizer, tmp_path)[0, 0]
+    (made,) = tmp_path.rglob("*.arrow")
+    made.write_bytes(made.read_bytes()[:100])
+    assert dataset(path, tokenizer, tmp_path)[0, 0] == before
+
+
 def test_long_samples_are_cut_and_counted(tokenizer, tmp_path, caplog):
     path = written(tmp_path / "a.jsonl", [{"messages": TURNS}] * 2)
     length = len(render_conversation(tokenizer, TURNS).input_ids) - 2
