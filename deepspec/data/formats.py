@@ -13,7 +13,7 @@ from typing import Any
 from deepspec.data.conversation import Conversation, Message
 from deepspec.data.jsonl import DataError, OnBadRow, RowError, refuse_row
 from deepspec.data.sources import read_rows
-from deepspec.data.surrogates import mend
+from deepspec.data.surrogates import has_half, mend
 from deepspec.data.turns import messages_of, tools_of
 from deepspec.text import some
 
@@ -119,9 +119,9 @@ def _conversations_of(
         try:
             if layout is None:
                 raise RowError(f"{place}: {explain_columns(row)}")
-            whole = mend(row)
-            mended += whole != row
-            conversation = convert(place, whole, layout)
+            is_broken = has_half(row)
+            mended += is_broken
+            conversation = convert(place, mend(row) if is_broken else row, layout)
         except RowError as error:
             refuse(error)
             continue

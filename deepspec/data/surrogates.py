@@ -9,6 +9,15 @@ HALF = re.compile("[\ud800-\udfff]")
 REPLACEMENT = "\ufffd"
 
 
+def has_half(value: Any) -> bool:
+    """Whether a JSON value holds a half anywhere; cheaper than to mend it."""
+    if isinstance(value, str):
+        return not value.isascii() and HALF.search(value) is not None
+    if isinstance(value, list):
+        return any(map(has_half, value))
+    return isinstance(value, dict) and (any(map(has_half, value.values())) or any(map(has_half, value)))
+
+
 def mend(value: Any) -> Any:
     """A JSON value with U+FFFD for every half."""
     if isinstance(value, str):
