@@ -43,8 +43,9 @@ def main(run: InspectRun) -> None:
     )
     template = ChatTemplate(tokenizer, data.template_options, data.system_prompt, template_name(data, target))
     rows = tokenized_rows(data.train_files, template, max_length=data.max_length, on_bad_row="skip")
-    problems = [problem for problem in rows["problem"] if problem]
-    samples = rows.select(np.flatnonzero([not problem for problem in rows["problem"]]))
+    of_rows = list(rows["problem"])
+    problems = list(filter(None, of_rows))
+    samples = rows.select(np.flatnonzero([not problem for problem in of_rows]))
     for row in samples.select(range(run.skip, min(run.skip + run.samples, len(samples)))) if len(samples) else []:
         show_sample(tokenizer, row, data.min_supervised_tokens)
     show_counts(run, samples, len(problems))

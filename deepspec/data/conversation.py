@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,3 +24,10 @@ class Conversation:
     tools: list[dict[str, Any]] | None  # functions that the assistant may call, as JSON schemas
     place: str  # "FILE, line N", for messages to the user
     row: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # as it was read
+
+
+def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
+    """The messages behind a system prompt, unless there is none or they have one of their own."""
+    if system_prompt is None or any(message.get("role") in ("system", "developer") for message in messages):
+        return list(messages)
+    return [{"role": "system", "content": system_prompt}, *messages]

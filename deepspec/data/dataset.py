@@ -89,11 +89,13 @@ def tokenize_conversations(
     rows = tokenized_rows(files, template, max_length=max_length, on_bad_row=on_bad_row, cache_dir=cache_dir)
     columns = rows.with_format("numpy")
     supervised = np.asarray(columns["supervised"][:])
-    is_sample = np.array([not problem for problem in rows["problem"]], dtype=bool)
+    problems = list(rows["problem"])
+    is_sample = np.array([not problem for problem in problems], dtype=bool)
     samples = int(is_sample.sum())
     kept = np.flatnonzero((supervised >= min_supervised_tokens) & is_sample)
-    if problems := list(filter(None, rows["problem"])):
-        logger.warning("%d rows cannot be used and were skipped, the first: %s", len(problems), problems[0])
+    if bad := len(problems) - samples:
+        first = next(filter(None, problems))
+        logger.warning("%d rows cannot be used and were skipped, the first: %s", bad, first)
     if truncated := int(np.asarray(columns["truncated"][:]).sum()):
         logger.warning(
             "%d of %d samples are longer than data.max_length=%d and were cut", truncated, samples, max_length

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from deepspec.config import ConfigError
-from deepspec.data.conversation import Message
+from deepspec.data.conversation import Message, with_system_prompt
 
 Tools = Sequence[dict[str, Any]] | None
 Span = tuple[int, int]  # first character, one behind the last
@@ -92,9 +92,7 @@ class ChatTemplate:
 
     def with_system_prompt(self, messages: Sequence[Message]) -> list[Message]:
         """The messages behind the system prompt, unless they have one of their own."""
-        if self.system_prompt is None or any(message.get("role") in ("system", "developer") for message in messages):
-            return list(messages)
-        return [{"role": "system", "content": self.system_prompt}, *messages]
+        return with_system_prompt(messages, self.system_prompt)
 
     def readable(self, messages: Sequence[Message], tools: Tools) -> list[Message]:
         """The messages in the form that this template shows in full.

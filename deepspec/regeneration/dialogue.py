@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from deepspec.data.conversation import Conversation, Message
+from deepspec.data.conversation import Conversation, Message, with_system_prompt
 from deepspec.data.templates import Tools
 from deepspec.regeneration.answers import calls_of
 
@@ -44,10 +44,7 @@ class Dialogue:
         self.turn = 0  # how many assistant turns are written
         self.is_cut = False
         self._pending: list[Message] = []
-        given = list(task.conversation.messages)
-        if system_prompt is not None and not any(message["role"] in ("system", "developer") for message in given):
-            given.insert(0, {"role": "system", "content": system_prompt})
-        self._steps = deque(_steps(given))
+        self._steps = deque(_steps(with_system_prompt(task.conversation.messages, system_prompt)))
 
     @property
     def tools(self) -> Tools:
