@@ -6,6 +6,7 @@ On a CPU nothing is captured, but the function runs on the same fixed buffers, s
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,8 +34,13 @@ class Graphs:
             The graph's own outputs, the same tensors each time.
         """
         if key not in self._captured:
-            self._captured[key] = _Captured(function, inputs, self._pool)
+            with torch.cuda.device(self._device) if self._pool else nullcontext():
+                self._captured[key] = _Captured(function, inputs, self._pool)
         return self._captured[key].replay(inputs)
+
+    def reruns(self) -> dict[Hashable, Callable[[], None]]:
+        """What runs each graph once more on the inputs that it has, by key: for measurements."""
+        return {key: captured.run for key, captured in self._captured.items()}
 
 
 class _Captured:
@@ -57,11 +63,14 @@ class _Captured:
 
     def replay(self, inputs: Tensors) -> Tensors:
         _copy(self._inputs, inputs)
+        self.run()
+        return self._outputs
+
+    def run(self) -> None:
         if self._graph is None:
             _copy(self._outputs, self._function(*self._inputs))
         else:
             self._graph.replay()
-        return self._outputs
 
 
 def _copy(own: Tensors, new: Tensors) -> None:
