@@ -32,10 +32,6 @@ from deepspec.files import write_atomically
 ROOT = Path(__file__).parent.parent
 LOG_TAIL = 2000  # characters of a failed part's log that its JSON keeps
 OK, FAILED, TIMED_OUT = "ok", "failed", "timed out"
-GPU_TESTS = (
-    *("tests/test_decoding_gpu.py", "tests/test_drafts_kernels.py", "tests/test_kernels_biased_sampling.py"),
-    *("tests/test_kernels_key_values.py", "tests/test_kernels_losses.py", "tests/test_kernels_rejection.py"),
-)
 
 
 @dataclass(frozen=True)
@@ -69,7 +65,7 @@ def parts_of(model: str) -> dict[str, Part]:
         "objective_chunked": Part(module(*losses, "implementation=chunked"), 40),
         "objective_triton": Part(module(*losses, "implementation=triton"), 40),
         "decoding_8k": Part(module(*decoding, "context=8192", "batches=[1,8,32]"), 90),
-        "tests": Part(["-m", "pytest", "-q", "--tb=short", "-n", "6", *GPU_TESTS], 150),
+        "tests": Part(["-m", "pytest", "-q", "--tb=short", "-m", "gpu"], 150),
     }
 
 

@@ -12,7 +12,7 @@ from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
 from deepspec.decoding.policies import ConfidenceThreshold
 from deepspec.targets import load_target
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")

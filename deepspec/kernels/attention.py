@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 HIDDEN_SCORE = -1e30  # finite: a score that exp() turns into exactly 0
 CHUNK_OVERHEAD = 2**16  # a further chunk on the CPU costs about as much as this many scores
 LARGEST_CHUNK = 2**22  # scores in memory at once on the CPU
 SMALLEST_FLEX_HEAD = 16  # head_dim that FlexAttention's GPU kernels can do
+TILE = 128  # queries and keys of a tile of FlexAttention's masks
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,35 @@ class ContextSpans:
         return _chunks(firsts, lasts, CHUNK_OVERHEAD / scores_per_column, LARGEST_CHUNK / scores_per_column)
 
     def _make_flex_mask(self, slots: int, columns: int) -> BlockMask:
+        """As `create_block_mask` makes it, which takes minutes to compile at some lengths (pytorch issue 182060), and
+        uncompiled writes down every query times every key."""
         first, last = self.first, self.last
+        queries = first.shape[1] * slots
+        context = torch.tensor(columns, device=first.device)  # not a number: a kernel would be compiled for each
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             block = query // slots
             in_span = (key >= first[batch, block]) & (key < last[batch, block])
-            return torch.where(key < columns, in_span, (key - columns) // slots == block)
+            return torch.where(key < context, in_span, (key - context) // slots == block)
 
-        batch, blocks = first.shape
+        partly, fully = (_in_order(tiles) for tiles in self._seen_tiles(slots, columns))
+        lengths = (queries, columns + queries)
+        return BlockMask.from_kv_blocks(*partly, *fully, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=lengths)
+
+    def _seen_tiles(self, slots: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Tiles of TILE queries and keys that are seen in part, and as a whole: bool [batch, 1, queries, keys] each"""
+        batch, blocks = self.first.shape
         queries = blocks * slots
-        on_gpu = first.device.type == "cuda"
-        return create_block_mask(sees, batch, None, queries, columns + queries, device=first.device, _compile=on_gpu)
+        keys = torch.arange(0, columns + queries, TILE, device=self.first.device)
+        ends = (keys + TILE).clamp(max=columns + queries)
+        first, last = (bound.repeat_interleave(slots, 1)[..., None] for bound in (self.first, self.last))
+        own = columns + torch.arange(queries, device=self.first.device)[:, None] // slots * slots
+        some = ((first < ends) & (last > keys) & (first < last)) | ((own < ends) & (own + slots > keys))
+        every = ((first <= keys) & (last >= keys + TILE)) | ((own <= keys) & (own + slots >= keys + TILE))
+        padding = (0, 0, 0, -queries % TILE)
+        some, every = (functional.pad(seen, padding).view(batch, 1, -1, TILE, len(keys)) for seen in (some, every))
+        whole = every.all(3)
+        return some.any(3) & ~whole, whole
 
 
 @dataclass(frozen=True)
@@ -77,6 +96,12 @@ class Chunk:
 
     blocks: slice
     columns: slice
+
+
+def _in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of tiles, bool [..., keys], how many are set and their numbers, followed by the other numbers."""
+    order = torch.argsort(tiles.int(), dim=-1, descending=True, stable=True)
+    return tiles.sum(-1, dtype=torch.int32), order.int()
 
 
 def _chunks(firsts: list[int], lasts: list[int], overhead: float, largest: float) -> list[Chunk]:
@@ -179,6 +204,7 @@ def block_attention_flex(
         block_mask=spans.flex_mask(slots, context_key.shape[2]),
         scale=scale,
         enable_gqa=heads != block_key.shape[1],
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},  # the kernel for few queries has no backward pass
     )
     return attended.view_as(query)
 
@@ -325,10 +351,10 @@ class _ChunkedAttention(torch.autograd.Function):
 def _context_scores(query: Tensor, context_key: Tensor, spans: ContextSpans, chunk: Chunk) -> Tensor:
     """Scores of a chunk's blocks over its columns, hidden ones at HIDDEN_SCORE: [b, k, blocks, n, columns]"""
     scores = _over_context(query[:, :, chunk.blocks], context_key[:, :, chunk.columns].transpose(-1, -2))
-    columns = torch.arange(chunk.columns.start, chunk.columns.stop)
+    columns = torch.arange(chunk.columns.start, chunk.columns.stop, device=scores.device)
     first, last = spans.first[:, chunk.blocks, None], spans.last[:, chunk.blocks, None]
     hidden = (columns < first) | (columns >= last)  # [b, blocks, columns]
-    bias = torch.zeros(hidden.shape).masked_fill_(hidden, HIDDEN_SCORE)
+    bias = torch.zeros(hidden.shape, device=scores.device).masked_fill_(hidden, HIDDEN_SCORE)
     return scores.add_(bias[:, None, :, None])
 
 
