@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from benchmarks.device_clock import copy_bandwidth, device_seconds
 from benchmarks.gpu_kernels import kernels_of
@@ -57,7 +58,8 @@ class Workbench:
         shape = SHAPES[options.model]
         self.target = random_target(shape.target, self.device)
         self.target_bytes = held(self.device)
-        self.draft = random_draft(self.target, shape.draft_layers, shape.layer_ids, shape.rank).to(self.target.dtype)
+        self.draft = random_draft(self.target, shape.draft_layers, shape.layer_ids, shape.rank)
+        nn.Module.to(self.draft, dtype=self.target.dtype)
         self.draft_bytes = held(self.device) - self.target_bytes
         headless = copy.copy(self.draft)
         headless._modules = self.draft._modules | {"markov_head": None, "confidence_head": None}
@@ -121,7 +123,7 @@ class Workbench:
             engine.step()
         walls = [1e3 * timed(engine.step) for _ in range(options.rounds)]
         assert engine.active == batch, "all rows stay to the end"
-        graphs = {str(key[0]): run for key, run in engine.graphs.reruns().items()} if engine.graphs else {}
+        graphs = {str(cast(tuple, key)[0]): run for key, run in engine.graphs.reruns().items()} if engine.graphs else {}
         parts = {name: 1e3 * device_seconds(run, self.device) for name, run in graphs.items()}
         wall = statistics.median(walls)
         figures: dict[str, Any] = {

@@ -51,8 +51,8 @@ def parts_of(model: str) -> dict[str, Part]:
     on_model = f"model={model}"
     decoding = ("gpu_decoding", on_model)
     training = ("training", on_model, "steps=3")
-    losses = ("objective_step", "device=cuda", "vocab=151936", "slots=3584", "hidden=2560", "rank=256")
-    losses = (*losses, "dtype=bfloat16", "steps=5")
+    sizes = ("vocab=151936", "slots=3584", "hidden=2560", "rank=256")
+    losses = ("objective_step", "device=cuda", "dtype=bfloat16", "steps=5", *sizes)
     return {
         "ceilings": Part(module("device_clock"), 40),
         "decoding_1k": Part(

@@ -462,4 +462,5 @@ def test_more_than_two_to_the_31_logits_in_a_chunk() -> None:
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of free GPU memory")
     inputs = on_gpu(random_inputs(rows, vocab, 8, 4, **NO_MARKOV, **NO_TARGET))
-    assert_close(on_cpu(outputs(inputs, "triton", rows)), on_cpu(outputs(inputs, "triton", 512)), 1e-5)
+    # Sums of 131,072 in another order stay below this; a row that is read or written in a wrong place would not.
+    assert_close(on_cpu(outputs(inputs, "triton", rows)), on_cpu(outputs(inputs, "triton", 512)), 1e-4)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deepspec.config import ConfigError, near_match
 from deepspec.decoding.cache import SlotCache
-from deepspec.decoding.graphs import Graphs, ladder, next_size
+from deepspec.decoding.graphs import Graphs, cache_columns, ladder, next_size
 from deepspec.decoding.memory import check_memory
 from deepspec.decoding.passes import target_pass
 from deepspec.decoding.penalties import seen_in
@@ -36,7 +36,6 @@ from deepspec.targets import Target
 from deepspec.targets.positions import check_positions
 
 PREFILL_TOKENS = 16_384  # of the prompts of one pass, each counted as the longest of them: bounds its memory
-COLUMNS_AT_ONCE = 256  # of the caches; a graph reads a multiple of so many
 IDLE = Request([0], 1)  # what a graph's rows without a request do
 
 
@@ -273,7 +272,7 @@ class SpeculativeEngine:
         anchors, lengths = self._sent(torch.tensor([last, starts]))
         end = max(starts) + self.block_size + 1
         if self._graphs:
-            end = min(self.max_length, -(-end // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE)
+            end = min(self.max_length, cache_columns(end))
         uniform = self._uniform(rows, self._settings, missing)
         return Batch(len(rows), starts, anchors, lengths, uniform, self._settings, end)
 

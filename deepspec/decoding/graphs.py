@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Tensors = Sequence[Tensor | None]
+COLUMNS_AT_ONCE = 256
 WARM_UP = 2  # runs before the capture, which let libraries make their workspaces
 
 
@@ -77,6 +78,11 @@ def _copy(own: Tensors, new: Tensors) -> None:
     for into, tensor in zip(own, new, strict=True):
         if into is not None and tensor is not None:
             into.copy_(tensor, non_blocking=True)
+
+
+def cache_columns(needed: int) -> int:
+    """How many columns of the caches a graph reads that needs so many."""
+    return -(-needed // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
 
 
 def ladder(largest: int) -> list[int]:

@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 HIDDEN_SCORE = -1e30  # finite: a score that exp() turns into exactly 0
 CHUNK_OVERHEAD = 2**16  # a further chunk on the CPU costs about as much as this many scores
 LARGEST_CHUNK = 2**22  # scores in memory at once on the CPU
+ALIGNED_SCORES = 8  # a row of scores is a multiple of so many long, or products with it take a slow kernel on GPUs
 SMALLEST_FLEX_HEAD = 16  # head_dim that FlexAttention's GPU kernels can do
 TILE = 128  # queries and keys of a tile of FlexAttention's masks
 
@@ -211,7 +212,7 @@ def block_attention_flex(
 
 @cache
 def _compiled_flex() -> Any:
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, fullgraph=True)  # an error where it would go on unfused after many shapes
 
 
 def _joined(
@@ -243,8 +244,9 @@ def block_attention_single(
     hidden = ~spans.visible(context)[:, None]
     over_context = (grouped @ context_key.transpose(-1, -2)).masked_fill(hidden, HIDDEN_SCORE)
     over_block = grouped @ block_key[:, :, 0].transpose(-1, -2)
-    weights = torch.cat([over_context, over_block], dim=-1).softmax(-1)
-    attended = weights[..., :context] @ context_value + weights[..., context:] @ block_value[:, :, 0]
+    padding = over_block.new_full((*over_block.shape[:-1], -slots % ALIGNED_SCORES), HIDDEN_SCORE)
+    weights = torch.cat([over_context, over_block, padding], dim=-1).softmax(-1)
+    attended = weights[..., :context] @ context_value + weights[..., context : context + slots] @ block_value[:, :, 0]
     return attended.view(query.shape)
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from deepspec.data.packing import TokenBatch, one_document_a_row
+from deepspec.kernels.rms_norm import fuse_norms
 from deepspec.targets.adapters import adapter_for
 from deepspec.targets.attention import DOCUMENTS, attend_with
 from deepspec.targets.capture import capture_layers
@@ -45,6 +46,8 @@ class Target:
         self.logit_scale = self.adapter.logit_scale(self.config)
         self.final_logit_softcapping = self.adapter.final_logit_softcapping(self.config)
         self.cache_argument = cache_argument(self._decoder)
+        if self._head.weight.is_cuda:
+            fuse_norms(model)
         self._fingerprint = fingerprint  # of the files; None = that of the weights in memory
 
     @property
