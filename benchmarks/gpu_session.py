@@ -31,7 +31,7 @@ from deepspec.files import write_atomically
 
 ROOT = Path(__file__).parent.parent
 LOG_TAIL = 2000  # characters of a failed part's log that its JSON keeps
-OK, FAILED, TIMED_OUT = "ok", "failed", "timed out"
+OK, FAILED, TIMED_OUT, INTERRUPTED = "ok", "failed", "timed out", "interrupted"
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,12 @@ def run_part(name: str, part: Part, folder: Path) -> dict[str, Any]:
         try:
             status = FAILED if process.wait(timeout=part.seconds) else OK
         except subprocess.TimeoutExpired:
+            status = TIMED_OUT
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        if status in (TIMED_OUT, INTERRUPTED):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            status = TIMED_OUT
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     record = {
         "status": status,
@@ -129,6 +132,8 @@ def main(options: SessionOptions) -> None:
         record = run_part(name, known[name], folder)
         write_atomically(file, json.dumps(record, indent=1) + "\n")
         print(f"{name}: {record['status']}, {record['seconds']:.0f} s", flush=True)
+        if record["status"] == INTERRUPTED:
+            break
     files = [folder / f"{name}.json" for name in known]
     found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()}
     text = markdown(found)

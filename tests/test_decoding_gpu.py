@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from conftest import GOLDENS
@@ -45,6 +47,23 @@ def test_graphs_change_nothing(pair, temperature, threshold):
     if temperature == 0:
         plain = SpeculativeEngine(target, slots=5, max_length=96).generate(requests)
         assert outputs[0] == [completion.output_ids for completion in plain]
+
+
+def test_graphs_of_an_engine_that_is_garbage_do_not_spoil_a_capture(pair):
+    """Such an engine is a cycle, which Python collects whenever it likes."""
+    target, draft = pair
+    outputs = []
+    before = gc.get_threshold()
+    try:
+        for _ in range(2):
+            engine = SpeculativeEngine(target, DSparkProposer(draft, target), slots=1, max_length=96)
+            engine.myself = engine
+            outputs.append(engine.generate(requests_of(target.vocab_size, 0.0)[:1])[0].output_ids)
+            del engine
+            gc.set_threshold(1)
+    finally:
+        gc.set_threshold(*before)
+    assert outputs[0] == outputs[1]
 
 
 def test_allocation_on_the_device():

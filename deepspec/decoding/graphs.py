@@ -5,8 +5,9 @@ On a CPU nothing is captured, but the function runs on the same fixed buffers, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+import gc
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class _Captured:
                 function(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with no_collection(), torch.cuda.graph(self._graph, pool=pool):
             self._outputs = function(*self._inputs)
 
     def replay(self, inputs: Tensors) -> Tensors:
@@ -72,6 +73,18 @@ class _Captured:
             _copy(self._outputs, self._function(*self._inputs))
         else:
             self._graph.replay()
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Within the block nothing is collected: a capture fails when a graph of an engine that is garbage is destroyed."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _copy(own: Tensors, new: Tensors) -> None:

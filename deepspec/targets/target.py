@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -19,6 +20,10 @@ from deepspec.targets.attention import DOCUMENTS, attend_with
 from deepspec.targets.capture import capture_layers
 from deepspec.targets.fingerprint import fingerprint_of
 from deepspec.targets.layers import LayerMemory, cache_argument, inspect_layers
+
+
+# Without cuDNN's, which makes a plan for each new length of a document: seconds a step on an H200.
+DOCUMENT_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,8 @@ class Target:
         """
         if batch.is_packed and self.is_recurrent:
             return self._features_by_document(batch, layer_ids)
-        with attend_with(self.config, DOCUMENTS, batch.documents if batch.is_packed else None):
+        layout = batch.documents if batch.is_packed else None
+        with attend_with(self.config, DOCUMENTS, layout), sdpa_kernel(DOCUMENT_BACKENDS):
             return self.hidden_states(
                 layer_ids, input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             )
