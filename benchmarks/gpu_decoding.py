@@ -80,7 +80,7 @@ class Workbench:
 
     def _measure(self, batch: int) -> dict[str, Any]:
         plain = self._rounds(batch, None)
-        speculative = self._rounds(batch, self.draft)
+        speculative = self._rounds(batch, self.draft, with_kernels=self.options.kernels)
         floors = {
             "draft": draft_bytes(self.draft, batch, self.options.context) / self.bandwidth,
             "verify": verify_bytes(self.target, batch, self.options.context) / self.bandwidth,
@@ -101,7 +101,7 @@ class Workbench:
             figures["head_share"] = speculative["wall_ms"] / headless["wall_ms"] - 1
         return figures
 
-    def _rounds(self, batch: int, draft: DSparkModel | None) -> dict[str, Any]:
+    def _rounds(self, batch: int, draft: DSparkModel | None, with_kernels: bool = False) -> dict[str, Any]:
         """Prefill and rounds of `batch` rows; without a draft plain steps."""
         options, before = self.options, held(self.device)
         new_tokens = (WARM_UP + options.rounds + 2) * ((draft.block_size if draft else 0) + 1)
@@ -142,7 +142,7 @@ class Workbench:
                 "peak": peak(self.device) - before,
             },
         }
-        if options.kernels:
+        if with_kernels:
             figures["kernels"] = {name: kernels_of(run) for name, run in graphs.items()}
         return figures
 

@@ -21,8 +21,7 @@ from deepspec.targets.capture import capture_layers
 from deepspec.targets.fingerprint import fingerprint_of
 from deepspec.targets.layers import LayerMemory, cache_argument, inspect_layers
 
-
-# Without cuDNN's, which makes a plan for each new length of a document: seconds a step on an H200.
+# Without cuDNN's, which makes a plan for each new shape: documents are of as many lengths as there are documents.
 DOCUMENT_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
