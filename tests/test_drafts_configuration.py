@@ -165,13 +165,16 @@ def test_fields_follow_the_heads_and_the_target() -> None:
     [
         ({}, []),
         ({"sliding_window": 9}, []),
-        ({"embedding_scale": 6.0}, [r"vLLM and SGLang do not scale its embedding \(embedding_scale=6\)"]),
+        ({"embedding_scale": 6.0}, [r"^vLLM, SGLang: does not scale its embedding \(embedding_scale=6\)"]),
         (
             {"logit_scale": 0.25, "final_logit_softcapping": 30.0},
-            [r"do not cap its logits \(final_logit_softcapping=30\)", r"SGLang does not scale its logits"],
+            [r"does not cap its logits \(final_logit_softcapping=30\)", r"^SGLang: does not scale its logits"],
         ),
-        ({"markov_head_type": "rnn"}, [r"vLLM has only the vanilla sequential head \(markov_head_type=rnn\)"]),
-        ({"algorithm": "dflash", "markov_rank": 0, "confidence_head": False}, ["without a sequential head"]),
+        ({"markov_head_type": "rnn"}, [r"^vLLM: has only the vanilla sequential head \(markov_head_type=rnn\)"]),
+        (
+            {"algorithm": "dflash", "markov_rank": 0, "confidence_head": False},
+            ["^vLLM: has DFlash only in the slot convention", "^SGLang: .*without a sequential head"],
+        ),
     ],
 )
 def test_what_engines_cannot_do_is_said(changes: dict[str, Any], expected: list[str]) -> None:
@@ -182,9 +185,9 @@ def test_what_engines_cannot_do_is_said(changes: dict[str, Any], expected: list[
 
 
 def test_what_engines_cannot_do_with_other_architectures() -> None:
-    assert engine_limits(old_llama_config({})) == ["no engine has LlamaDSparkModel"]
+    assert engine_limits(old_llama_config({})) == ["vLLM, SGLang: has no LlamaDSparkModel"]
     gemma = tiny_draft_config(tiny_target_config("gemma4"), architecture="Gemma4DSparkModel")
-    assert [limit.split()[0] for limit in engine_limits(gemma)] == ["SGLang", "vLLM"]
+    assert [limit.split(":")[0] for limit in engine_limits(gemma)] == ["vLLM", "SGLang"]
 
 
 def test_configs_without_our_fields_say_which_algorithm() -> None:

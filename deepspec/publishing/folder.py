@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 from deepspec.decoding.calibration import CALIBRATION_FILE
 from deepspec.publishing.card import PLOT_NAME, build_card
 from deepspec.publishing.results import Evaluation
-from deepspec.publishing.source import DraftSource, PublishError
+from deepspec.publishing.errors import PublishError
+from deepspec.publishing.source import DraftSource
+from deepspec.publishing.whole_folder import written_whole
 
 CARD_NAME = "README.md"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -37,23 +38,12 @@ def build_folder(
     plot = _checked_plot(plot or (evaluation.plot if evaluation else None))
     card = build_card(source, evaluation, repo_id=repo_id, license_name=license_name, with_plot=plot is not None)
     _refuse_foreign_content(folder, source)
-    unfinished = folder.absolute().with_name(f".{folder.absolute().name}.tmp")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    with written_whole(folder, replace=True) as unfinished:
         for name in source.files:
             shutil.copyfile(source.folder / name, unfinished / name)
         if plot is not None:
             shutil.copyfile(plot, unfinished / PLOT_NAME)
         (unfinished / CARD_NAME).write_text(card, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(unfinished, folder)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise PublishError(
-            f"could not write {folder}: {error}; free some space or choose another output_dir"
-        ) from error
     return folder
 
 
@@ -70,8 +60,6 @@ def _checked_plot(plot: Path | None) -> Path | None:
 
 def _refuse_foreign_content(folder: Path, source: DraftSource) -> None:
     """Only a folder that an earlier push wrote is replaced."""
-    if folder.exists() and not folder.is_dir():
-        raise PublishError(f"output_dir={folder}: is a file; choose another output_dir")
     if source.folder.resolve().is_relative_to(folder.resolve()):
         raise PublishError(f"output_dir={folder}: holds the checkpoint that is published; choose another output_dir")
     if not folder.is_dir():

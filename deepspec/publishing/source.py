@@ -17,12 +17,9 @@ from deepspec.checkpoints import TRAINER_STATE, CheckpointError, list_checkpoint
 from deepspec.decoding.calibration import CALIBRATION_FILE
 from deepspec.drafts.loading import load_draft
 from deepspec.files import INDEX_FILE, SINGLE_FILE
+from deepspec.publishing.errors import PublishError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-
-class PublishError(RuntimeError):
-    """Something that cannot be published. The message says what, where and what to do."""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from deepspec.config import ConfigError
 from deepspec.decoding.calibration import CALIBRATION_FILE
 from deepspec.publishing.folder import build_folder
 from deepspec.publishing.results import read_evaluation
-from deepspec.publishing.source import PublishError, find_source
+from deepspec.publishing.errors import PublishError
+from deepspec.publishing.source import find_source
 
 
 @dataclass
