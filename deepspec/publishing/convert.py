@@ -11,7 +11,7 @@ import torch
 
 from deepspec.drafts.engines import DraftKind
 from deepspec.drafts.loading import find_draft_folder
-from deepspec.publishing.errors import PublishError
+from deepspec.publishing.errors import DamagedDraftError, PublishError
 from deepspec.publishing.formats import FORMATS, DraftFolder, Format, Verifier, find_format, format_named
 from deepspec.publishing.formats.base import EMBEDDING_AND_HEAD, Config
 from deepspec.publishing.layout import EMBEDDING, HEAD, expected_shapes, tensor_problems
@@ -113,9 +113,9 @@ def open_draft(path: Path) -> OpenedDraft:
         ours = {theirs: name for name, theirs in its_format.renamed.items()}
         tensors = {ours.get(name, name): tensor for name, tensor in folder.tensors.items()}
         if problems := tensor_problems(tensors, expected, its_format.optional):
-            raise PublishError("; ".join(problems))
+            raise DamagedDraftError("; ".join(problems))
     except PublishError as error:
-        raise PublishError(f"{path} ({its_format.name} format): {error}") from error
+        raise type(error)(f"{path} ({its_format.name} format): {error}") from error
     return OpenedDraft(folder, its_format, config, tensors)
 
 

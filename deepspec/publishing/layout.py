@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deepspec.drafts.engines import GEMMA4, LLAMA, DraftKind
-from deepspec.publishing.errors import PublishError
+from deepspec.publishing.errors import DamagedDraftError
 from deepspec.publishing.weights import AnyTensor
 from deepspec.text import some
 
@@ -20,12 +20,12 @@ def expected_shapes(config: Mapping[str, Any]) -> Shapes:
     """Names and shapes of the tensors that a draft of this config has, embedding and head among them.
 
     Raises:
-        PublishError: a field is missing or of a wrong type.
+        DamagedDraftError: a field is missing or of a wrong type.
     """
     try:
         return dict(_shapes(config))
     except (KeyError, TypeError, AttributeError) as error:
-        raise PublishError(f"config.json: a field is missing or wrong ({type(error).__name__}: {error})") from error
+        raise DamagedDraftError(f"config.json: a field is missing or wrong ({type(error).__name__}: {error})") from error
 
 
 def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

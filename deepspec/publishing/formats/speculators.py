@@ -43,7 +43,7 @@ DSPARK_DEFAULTS: Config = {
     "confidence_head_with_markov": True,
 }
 EAGLE3_SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-LAYER_FIELDS = frozenset(Qwen3Config().to_diff_dict()) - set(NOT_KEPT) | {"is_causal"}
+LAYER_FIELDS = frozenset(Qwen3Config().to_diff_dict()) - set(NOT_KEPT) | {"is_causal", "dtype"}
 KEPT = "deepspec"  # its readers ignore it: what of our config it has no field for
 
 
