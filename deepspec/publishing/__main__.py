@@ -15,7 +15,11 @@ from deepspec.publishing.upload import PushOptions, push
 
 COMMANDS: dict[str, tuple[type[Any], Callable[[Any], Any], str]] = {
     "push": (PushOptions, push, "upload a draft with a model card: checkpoint=FOLDER repo_id=NAME"),
-    "export": (ExportOptions, export_draft, "write it in another layout: checkpoint=FOLDER format=NAME output_dir=FOLDER"),
+    "export": (
+        ExportOptions,
+        export_draft,
+        "write it in another layout: checkpoint=FOLDER format=NAME output_dir=FOLDER",
+    ),
     "import": (ImportOptions, import_draft, "read another layout: path=FOLDER output_dir=FOLDER [target=NAME]"),
     "check": (CheckOptions, check, "what engines would do with a folder: path=FOLDER [engine=NAME]"),
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from deepspec.decoding.sps import SPS_FILE
 from deepspec.drafts.engines import DraftKind
 from deepspec.drafts.loading import find_draft_folder
 from deepspec.publishing.errors import DamagedDraftError, PublishError
@@ -58,7 +59,7 @@ class ImportOptions:
 
 @dataclass(frozen=True)
 class OpenedDraft:
-    """A draft of any format, read into our own layout. Embedding and head are missing where its format leaves them out."""
+    """A draft of any format, read into our own layout. Embedding and head may be missing."""
 
     folder: DraftFolder
     format: Format
@@ -103,7 +104,7 @@ def open_draft(path: Path) -> OpenedDraft:
     """Read a draft folder of any format.
 
     Raises:
-        FileNotFoundError, PublishError: see `read_folder`, `find_format`, `Format.from_config`; tensors that do not fit.
+        FileNotFoundError, PublishError: see `read_folder`, `find_format`, `Format.from_config`; or tensors do not fit.
     """
     folder = read_folder(path)
     its_format = find_format(folder)
@@ -119,8 +120,13 @@ def open_draft(path: Path) -> OpenedDraft:
     return OpenedDraft(folder, its_format, config, tensors)
 
 
-def write_draft(draft: OpenedDraft, chosen: Format, output: Path, target: TargetChoice) -> None:
+def write_draft(
+    draft: OpenedDraft, chosen: Format, output: Path, target: TargetChoice, *, with_sps: bool = True
+) -> None:
     """Write a draft into an empty folder, in a format.
+
+    Args:
+        with_sps: write the SPS table too, which is of one machine.
 
     Raises:
         PublishError: the format cannot hold it, or something that it needs is missing.
@@ -138,7 +144,10 @@ def write_draft(draft: OpenedDraft, chosen: Format, output: Path, target: Target
         json.dumps(chosen.to_config(config, verifier), indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
     write_tensors(output, written)
-    write_tables(output, read_tables(draft.folder.path, draft.format.tables), chosen.tables)
+    tables = read_tables(draft.folder.path, draft.format.tables)
+    if not with_sps:
+        tables.pop(SPS_FILE, None)
+    write_tables(output, tables, chosen.tables)
 
 
 def _from_target(
@@ -165,7 +174,7 @@ def _from_target(
     for name in missing:
         if tuple(weights[name].shape) != expected[name]:
             raise PublishError(
-                f"target={target.path}: its {name} is {list(weights[name].shape)}, the draft's is {list(expected[name])}"
+                f"target={target.path}: its {name} is {list(weights[name].shape)}, the draft needs {[*expected[name]]}"
             )
     found = {"target_model_name_or_path": target.path, "num_target_layers": head.num_layers}
     found = {name: value for name, value in found.items() if not config.get(name)}

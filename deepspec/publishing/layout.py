@@ -25,7 +25,9 @@ def expected_shapes(config: Mapping[str, Any]) -> Shapes:
     try:
         return dict(_shapes(config))
     except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedDraftError(f"config.json: a field is missing or wrong ({type(error).__name__}: {error})") from error
+        raise DamagedDraftError(
+            f"config.json: a field is missing or wrong ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

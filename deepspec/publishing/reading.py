@@ -1,4 +1,4 @@
-"""Open a folder that somebody calls a draft: its config and the headers of its weights, with a line for what is wrong."""
+"""Open a folder that somebody calls a draft: its config and the headers of its weights, or a line that says why not."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The measured files beside a draft, in our form and in SGLang's: calibration and SPS table.
 
-SGLang 0.5.23 reads an STS file {"temperatures": [one a position], "dataset", "num_samples", "ece_before", "ece_after"} as
-sigmoid(c / T), and an SPS file {"sample_batch_tokens": rising, "sample_steps_per_sec", "max_batch_tokens"}. It ignores
-other keys, so what of ours it has no key for is kept under `deepspec`.
+SGLang 0.5.23 reads an STS file {"temperatures": [one a position], "dataset", "num_samples", "ece_before", "ece_after"}
+as sigmoid(c / T), and an SPS file {"sample_batch_tokens": rising, "sample_steps_per_sec", "max_batch_tokens"}. It
+ignores other keys, so what of ours it has no key for is kept under `deepspec`.
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ def sps_of(sglang: Record) -> Record:
     pairs = zip(sglang["sample_batch_tokens"], sglang["sample_steps_per_sec"], strict=True)
     points = [{"tokens": tokens, "steps_per_second": speed} for tokens, speed in pairs]
     kept: Record = sglang.get(KEPT) or {}
-    measured = [
-        {name: point[name] for name in ("tokens", "steps_per_second")} for point in kept.get("points", [])
-    ]
+    measured = [{name: point[name] for name in ("tokens", "steps_per_second")} for point in kept.get("points", [])]
     SpsTable([point["tokens"] for point in points], [point["steps_per_second"] for point in points])
     return kept if measured == points else {"points": points}  # or it was changed since it was written
 

@@ -107,9 +107,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             if not 2 <= length <= min(size - 8, LONGEST_HEADER):
                 raise ValueError("no header")
             entries = json.loads(opened.read(length))
-        tensors = {
-            name: _stored(file, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"
-        }
+        tensors = {name: _stored(file, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PublishError(f"{file}: no safetensors file, or damaged ({error}); copy or download it again") from error
     if any(tensor.start + tensor.size > size for tensor in tensors.values()):

@@ -1,7 +1,7 @@
 """What an engine does with a folder, as far as its config and the headers of its weights tell.
 
-Read from the released sources of vLLM 0.32, SGLang 0.5.23, speculators 0.9.0 and Transformers 5.24.0. An engine is one file
-with one subclass of `Engine`, listed in `deepspec.publishing.engines`.
+Read from the released sources of vLLM 0.32, SGLang 0.5.23, speculators 0.9.0 and Transformers 5.24.0. An engine is one
+file with one subclass of `Engine`, listed in `deepspec.publishing.engines`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any, ClassVar
 
 from deepspec.drafts.engines import DraftKind, limits_of
 from deepspec.drafts.shapes import KEPT_ROPE_TYPES
-from deepspec.publishing.convert import OpenedDraft
+from deepspec.publishing.convert import BUILTIN, OpenedDraft
 from deepspec.publishing.formats import DraftFolder, Format
 from deepspec.publishing.formats.base import SLIDING
+
+FIND_BUILTIN = "python -c 'from deepspec.targets import BUILTIN_WEIGHTS; print(BUILTIN_WEIGHTS)'"
 
 
 class Level(Enum):
@@ -55,16 +57,25 @@ class Serving:
     kind: DraftKind
     format: Format
     draft: str  # Hub id or folder
-    target: str  # Hub id, or what stands in for it
+    target: str  # Hub id, `builtin`, or what stands in for it
     draft_revision: str | None = None
     target_revision: str | None = None
     target_gguf_file: str | None = None
     has_calibration: bool = False
 
     @property
-    def target_argument(self) -> str:
-        """For a shell."""
-        return self.target if self.target.startswith('"$') else shlex.quote(self.target)
+    def is_builtin(self) -> bool:
+        return self.target == BUILTIN
+
+    @property
+    def target_word(self) -> str:
+        """The target in a shell command."""
+        return '"$TARGET"' if self.is_builtin else shlex.quote(self.target)
+
+    def in_shell(self, *lines: str) -> str:
+        """A code block with one command of several lines."""
+        before = f"TARGET=$({FIND_BUILTIN})\n" if self.is_builtin else ""
+        return f"```bash\n{before}" + " \\\n  ".join(lines) + "\n```"
 
 
 class Engine(ABC):
@@ -93,9 +104,9 @@ class Engine(ABC):
 
     def examine(self, draft: OpenedDraft) -> Iterator[Finding]:
         """Go through a draft that DeepSpec knows."""
-        obstacles = self.obstacles(draft.kind, draft.format)
-        yield from (fails(obstacle) for obstacle in obstacles)
-        if any(draft.format.name == name for name in self.formats):
+        if obstacles := self.obstacles(draft.kind, draft.format):
+            yield from (fails(obstacle) for obstacle in obstacles)
+        else:
             yield from self.traps(draft)
 
     @abstractmethod
@@ -141,8 +152,8 @@ def check_embedding(draft: OpenedDraft) -> Iterator[Finding]:
 def check_window(draft: OpenedDraft) -> Iterator[Finding]:
     if draft.kind.context_window is not None:
         yield care(
-            f"context window {draft.kind.context_window}: here it counts from each slot and not from the anchor, so later "
-            "slots see a few tokens fewer than in training"
+            f"context window {draft.kind.context_window}: here it counts from each slot and not from the anchor, so "
+            "later slots see a few tokens fewer than in training"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator
 
@@ -21,8 +20,11 @@ from deepspec.publishing.engines.base import (
 )
 from deepspec.publishing.errors import PublishError
 from deepspec.publishing.formats import DraftFolder
+from deepspec.publishing.formats.sglang import NESTED
 from deepspec.publishing.tables import OUR_TABLES, SGLANG_TABLES, read_tables
 
+ALGORITHMS = {"dspark": "DSPARK", "dflash": "DFLASH"}
+# Architectures of drafts that it has and DeepSpec does not, with the algorithm that they run under.
 OTHER_DRAFTS = {
     "LlamaForCausalLMEagle3": "EAGLE3",
     "Eagle3DeepseekV2ForCausalLM": "EAGLE3",
@@ -38,11 +40,12 @@ class SGLang(Engine):
 
     def traps(self, draft: OpenedDraft) -> Iterator[Finding]:
         folder, kind = draft.folder, draft.kind
-        yield fine(f"--speculative-algorithm {_algorithm(kind.algorithm)}, {kind.draft_length} tokens a round")
-        if kind.markov_rank and "markov_head_type" not in json.dumps(folder.config):
-            yield fails("markov_head_type is missing, which it wants with markov_rank above 0; export it with format=sglang")
+        yield fine(f"--speculative-algorithm {ALGORITHMS[kind.algorithm]}, {kind.draft_length} tokens a round")
+        yield from _check_head_fields(draft)
         if slides(draft.config) and folder.config.get("is_causal") is not False:
-            yield fails('sliding layers are causal to it without "is_causal": false, whatever dflash_config says; write it')
+            yield fails(
+                'sliding layers are causal to it without "is_causal": false, whatever dflash_config says; write it'
+            )
         else:
             yield fine("all slots of a block see each other")
         yield from check_layer_ids(draft, lowest=0)
@@ -64,24 +67,24 @@ class SGLang(Engine):
             yield fails(f"has no draft class {', '.join(folder.architectures) or '(architectures missing)'}")
 
     def command(self, serving: Serving) -> str:
-        target = serving.target_argument
         words = ["python -m sglang.launch_server"]
         if serving.target_gguf_file:
             file = shlex.quote(f"{serving.target}/{serving.target_gguf_file}")
-            words.append(f"--model-path {file} --load-format gguf --tokenizer-path {target}")
+            words.append(f"--model-path {file} --load-format gguf --tokenizer-path {serving.target_word}")
         else:
-            words.append(f"--model-path {target}")
+            words.append(f"--model-path {serving.target_word}")
         if serving.target_revision:
             words.append(f"--revision {shlex.quote(serving.target_revision)}")
         draft = f"--speculative-draft-model-path {shlex.quote(serving.draft)}"
         if serving.draft_revision:
             draft += f" --speculative-draft-model-revision {shlex.quote(serving.draft_revision)}"
-        lines = [" ".join(words), f"--speculative-algorithm {_algorithm(serving.kind.algorithm)} {draft}"]
-        if serving.kind.algorithm == "dspark":
-            lines.append(f"--speculative-dspark-block-size {serving.kind.draft_length}")
-        else:
-            lines.append(f"--speculative-dflash-block-size {serving.kind.draft_length + 1}")
-        return "```bash\n" + " \\\n  ".join(lines) + "\n```"
+        kind = serving.kind
+        slots = (
+            f"--speculative-dspark-block-size {kind.draft_length}"
+            if kind.algorithm == "dspark"
+            else f"--speculative-dflash-block-size {kind.draft_length + 1}"
+        )
+        return serving.in_shell(" ".join(words), f"--speculative-algorithm {ALGORITHMS[kind.algorithm]} {draft}", slots)
 
     def features(self, serving: Serving) -> list[str]:
         if serving.kind.is_fill_in:
@@ -98,8 +101,18 @@ class SGLang(Engine):
         return sentences
 
 
-def _algorithm(algorithm: str) -> str:
-    return {"dspark": "DSPARK", "dflash": "DFLASH"}.get(algorithm, algorithm.upper())
+def _check_head_fields(draft: OpenedDraft) -> Iterator[Finding]:
+    """It finds the head's type nested too, but the rank, when it builds the head, at the top level alone."""
+    config = draft.folder.config
+    places = [config, *(config.get(key) or {} for key in ("text_config", *NESTED))]
+    if draft.kind.markov_rank and not any(place.get("markov_head_type") for place in places):
+        yield fails(
+            "markov_head_type is missing, which it wants with markov_rank above 0; export it with format=sglang"
+        )
+    if draft.kind.markov_rank and not config.get("markov_rank"):
+        yield fails(
+            "markov_rank is not at the top level of config.json; import the draft, then export it with format=sglang"
+        )
 
 
 def _check_tables(draft: OpenedDraft) -> Iterator[Finding]:

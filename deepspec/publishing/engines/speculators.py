@@ -22,17 +22,15 @@ class Speculators(Engine):
             return None  # it converts what calls itself DFlashDraftModel
         return super().unread(kind, its_format)
 
-    def examine(self, draft: OpenedDraft) -> Iterator[Finding]:
-        yield from super().examine(draft)
-        if draft.format.name != "speculators" and draft.kind.is_fill_in:
-            yield care("converts it on loading, which needs from_pretrained(..., verifier=TARGET)")
-
     def traps(self, draft: OpenedDraft) -> Iterator[Finding]:
         config = draft.folder.config
         if draft.format.name != "speculators":
+            yield care("converts it on loading, which needs from_pretrained(..., verifier=TARGET)")
             return
         kind = config["speculators_model_type"]
-        yield fine(f"speculators_model_type {kind}, written by {config.get('speculators_version', 'an unknown version')}")
+        yield fine(
+            f"speculators_model_type {kind}, written by {config.get('speculators_version', 'an unknown version')}"
+        )
         verifier = ((config.get("speculators_config") or {}).get("verifier") or {}).get("name_or_path")
         if not verifier:
             yield fails("names no verifier, so embedding and head cannot be loaded; export it with target=")

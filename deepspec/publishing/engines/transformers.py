@@ -28,8 +28,8 @@ class Transformers(Engine):
         if serving.target_gguf_file:
             pinned += f', gguf_file="{serving.target_gguf_file}"'
         branch = f', revision="{serving.draft_revision}"' if serving.draft_revision else ""
-        target = "BUILTIN_WEIGHTS" if serving.target.startswith('"$') else f'"{serving.target}"'
-        builtin = "from deepspec.targets import BUILTIN_WEIGHTS\n" if target == "BUILTIN_WEIGHTS" else ""
+        target = "BUILTIN_WEIGHTS" if serving.is_builtin else f'"{serving.target}"'
+        builtin = "from deepspec.targets import BUILTIN_WEIGHTS\n" if serving.is_builtin else ""
         return (
             f"```python\n{builtin}from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer\n\n"
             f"tokenizer = AutoTokenizer.from_pretrained({target}{pinned})\n"

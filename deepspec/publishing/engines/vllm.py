@@ -35,7 +35,13 @@ OTHER_DRAFTS = {
     "LiLiCorrDraftModel": "dflash",
     "Qwen3XPressModel": "dspark",
 }
-SPECULATORS_TYPES = {"eagle3": "eagle3", "peagle": "eagle3", "dflash": "dflash", "dflash2": "dflash", "dspark": "dspark"}
+SPECULATORS_TYPES = {
+    "eagle3": "eagle3",
+    "peagle": "eagle3",
+    "dflash": "dflash",
+    "dflash2": "dflash",
+    "dspark": "dspark",
+}
 EAGLE3_LAYERS = ("qwen3", "llama")
 
 
@@ -90,21 +96,19 @@ class VLLM(Engine):
             settings["revision"] = serving.draft_revision
         settings["num_speculative_tokens"] = serving.kind.draft_length
         settings["draft_sample_method"] = "probabilistic"
-        target = serving.target_argument
         words = ["vllm serve"]
         if serving.target_gguf_file:
-            words += [shlex.quote(f"{serving.target}/{serving.target_gguf_file}"), f"--tokenizer {target}"]
+            words += [shlex.quote(f"{serving.target}/{serving.target_gguf_file}"), f"--tokenizer {serving.target_word}"]
         else:
-            words.append(target)
+            words.append(serving.target_word)
         if serving.target_revision:
             words.append(f"--revision {shlex.quote(serving.target_revision)}")
-        command = f"{' '.join(words)} \\\n  --speculative-config {shlex.quote(json.dumps(settings))}"
-        return f"```bash\n{command}\n```"
+        return serving.in_shell(" ".join(words), f"--speculative-config {shlex.quote(json.dumps(settings))}")
 
     def features(self, serving: Serving) -> list[str]:
         sentences = [
-            "Without `probabilistic` the draft proposes its most probable tokens, and fewer are accepted at temperatures "
-            "above 0."
+            "Without `probabilistic` the draft proposes its most probable tokens, and fewer are accepted at "
+            "temperatures above 0."
         ]
         if serving.kind.confidence_head:
             sentences.append('The confidence head is used with `"enable_adaptive_verification": true` only.')
@@ -168,8 +172,7 @@ def check_causal(config: Mapping[str, Any], kind: DraftKind) -> Iterator[Finding
         remedy = (
             '"sliding_window_non_causal": true'
             if config.get("speculators_model_type") == "dflash"
-            else '"is_causal": false'
-            + (" in transformer_layer_config" if "transformer_layer_config" in config else "")
+            else '"is_causal": false' + (" in transformer_layer_config" if "transformer_layer_config" in config else "")
         )
         yield fails(f"slots would not see those behind them (by {where}); write {remedy} into config.json")
     else:

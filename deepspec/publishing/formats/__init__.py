@@ -12,8 +12,7 @@ from deepspec.publishing.formats.speculators import SpeculatorsFormat
 from deepspec.publishing.formats.zlab import ZLabFormat
 
 FORMATS: dict[str, Format] = {
-    each.name: each
-    for each in (SpeculatorsFormat(), AssistantFormat(), ZLabFormat(), SGLangFormat(), DeepSpecFormat())
+    each.name: each for each in (SpeculatorsFormat(), AssistantFormat(), ZLabFormat(), SGLangFormat(), DeepSpecFormat())
 }
 
 __all__ = ["FORMATS", "DraftFolder", "Format", "Verifier", "find_format", "format_named"]

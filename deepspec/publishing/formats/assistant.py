@@ -1,10 +1,13 @@
 """What Transformers decodes with: its one DFlash class, `MuseGlimmerAssistantModel`, whose layers are Qwen3's.
 
-`AutoModel` loads it and `generate(assistant_model=..., speculation_type="dflash")` drafts with it. vLLM and SGLang read it
-too, under its own names of tensors.
+`AutoModel` loads it and `generate(assistant_model=..., speculation_type="dflash")` drafts with it. vLLM and SGLang read
+it too, under its own names of tensors.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 from deepspec.drafts.engines import DraftKind
 from deepspec.publishing.formats.base import (
@@ -28,7 +31,10 @@ class AssistantFormat(Format):
     name = "transformers"
     description = "Transformers' DFlash assistant: MuseGlimmerAssistantModel, without embedding and head"
     left_out = EMBEDDING_AND_HEAD
-    renamed = {"fc.weight": "encoder.fc.weight", "hidden_norm.weight": "encoder.output_norm_enc.weight"}
+    renamed: ClassVar[Mapping[str, str]] = {
+        "fc.weight": "encoder.fc.weight",
+        "hidden_norm.weight": "encoder.output_norm_enc.weight",
+    }
     stores_embedding = False
 
     def recognises(self, folder: DraftFolder) -> bool:

@@ -1,7 +1,7 @@
 """What a checkpoint format is: a table of what it holds, and a config on the way out and on the way in.
 
-Between two formats a draft is in DeepSpec's own layout: `config.json` as a dictionary, and tensors under our names. A new
-format is one file with one subclass of `Format`, listed in `deepspec.publishing.formats`.
+Between two formats a draft is in DeepSpec's own layout: `config.json` as a dictionary, and tensors under our names. A
+new format is one file with one subclass of `Format`, listed in `deepspec.publishing.formats`.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def fill_in_limits(kind: DraftKind) -> list[str]:
         limits.append(f"holds DFlash drafts only, and this is of algorithm {kind.algorithm}")
     elif not kind.is_fill_in:
         limits.append(
-            "holds DFlash drafts whose first slot predicts nothing (draft.sample_from_anchor=false), and the first slot "
-            "of this one predicts the token after the anchor"
+            "holds DFlash drafts whose first slot predicts nothing (draft.sample_from_anchor=false), and the first "
+            "slot of this one predicts the token after the anchor"
         )
     if kind.is_pruned:
         limits.append(f"has no head of its own, so no pruned vocabulary ({kind.draft_vocab_size} words)")

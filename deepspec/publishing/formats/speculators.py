@@ -1,4 +1,4 @@
-"""The layout of the package `speculators` (0.9), which vLLM reads: layers, algorithm and verifier in sections of their own."""
+"""The layout of the package `speculators` (0.9), which vLLM reads: layers and verifier in sections of their own."""
 
 from __future__ import annotations
 
@@ -174,14 +174,16 @@ def _our_block(config: Config, kind: str, section: Mapping[str, Any]) -> Config:
 def _our_eagle3(config: Config, section: Mapping[str, Any]) -> Config:
     if section.get("model_type", "llama") != "qwen3":
         raise PublishError(
-            f"transformer_layer_config.model_type={section.get('model_type')}: DeepSpec has Eagle3 with Qwen3 layers only"
+            f"transformer_layer_config.model_type={section.get('model_type')}: DeepSpec has Eagle3 with Qwen3 layers"
         )
     if switched := [name for name in EAGLE3_SWITCHES if config.get(name)]:
         raise PublishError(f"{', '.join(switched)}=true: DeepSpec has no Eagle3 with that")
     layers = config.get("eagle_aux_hidden_state_layer_ids")
     methods = (config.get("speculators_config") or {}).get("proposal_methods")
     if not layers or not methods:
-        raise PublishError("config.json: eagle_aux_hidden_state_layer_ids or speculators_config.proposal_methods missing")
+        raise PublishError(
+            "config.json: eagle_aux_hidden_state_layer_ids or speculators_config.proposal_methods missing"
+        )
     fields = complete(section, "transformer_layer_config")
     if SLIDING in fields["layer_types"]:
         raise PublishError(f"layer_types={fields['layer_types']}: DeepSpec has no Eagle3 with a window")
@@ -194,12 +196,12 @@ def _our_eagle3(config: Config, section: Mapping[str, Any]) -> Config:
 
 
 def _qwen3_section(section: Mapping[str, Any]) -> Config:
-    """Layers of DSpark and DFlash are Qwen3's whatever the section's own type; only fields that it leaves out differ."""
+    """Layers of DSpark and DFlash are Qwen3's whatever the section's type; only fields that it leaves out differ."""
     if section.get("model_type", "qwen3") == "qwen3":
         return dict(section)
     if section["model_type"] != "llama":
         raise PublishError(
-            f"transformer_layer_config.model_type={section['model_type']}: DeepSpec reads sections of type qwen3 and llama"
+            f"transformer_layer_config.model_type={section['model_type']}: DeepSpec reads those of qwen3 and llama"
         )
     llama = LlamaConfig(**{name: value for name, value in section.items() if name not in NOT_KEPT}).to_diff_dict()
     return {name: value for name, value in llama.items() if name in LAYER_FIELDS}

@@ -1,4 +1,4 @@
-"""The layout of z-lab's DFlash drafts: `DFlashDraftModel`, fields in `dflash_config`, embedding and head the target's."""
+"""The layout of z-lab's DFlash drafts: `DFlashDraftModel`, fields in `dflash_config`, no embedding and head."""
 
 from __future__ import annotations
 
