@@ -50,7 +50,7 @@ class ExportOptions:
 class ImportOptions:
     """Write a draft of any format in DeepSpec's own layout."""
 
-    path: str = "???"  # folder of the draft; its format is found
+    path: str = "???"  # folder or Hub id of the draft; its format is found
     output_dir: str = "???"  # new or empty
     target: str | None = None  # needed where the draft has no embedding and head of its own
     target_revision: str | None = None  # Hub branch, tag or commit
@@ -87,7 +87,8 @@ def export_draft(options: ExportOptions) -> Path:
 
 def import_draft(options: ImportOptions) -> Path:
     """Returns the written folder. Raises: see `export_draft`."""
-    draft = open_draft(Path(options.path).expanduser())
+    path = Path(options.path).expanduser()
+    draft = open_draft(path if path.exists() else find_draft_folder(options.path, key="path"))
     target = TargetChoice(options.target, options.target_revision, options.target_gguf_file)
     return _convert(draft, FORMATS["deepspec"], Path(options.output_dir), target)
 

@@ -51,6 +51,9 @@ def _layer_shapes(config: Mapping[str, Any], kind: DraftKind, layer: int) -> Ite
     hidden, width = config["hidden_size"], config["intermediate_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or hidden // heads
+    if kind.architecture == GEMMA4:  # its draft layers are full ones, whose sizes a config may keep apart
+        head_dim = config.get("global_head_dim") or head_dim
+        kv_heads = (kind.shares_keys_and_values and config.get("num_global_key_value_heads")) or kv_heads
     is_first_of_eagle = kind.algorithm == "eagle3" and layer == 0
     inputs = 2 * hidden if is_first_of_eagle else hidden
     prefix = f"layers.{layer}"

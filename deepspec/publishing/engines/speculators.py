@@ -18,7 +18,7 @@ class Speculators(Engine):
     formats = ("speculators", "zlab")
 
     def unread(self, kind: DraftKind, its_format: Format) -> str | None:
-        if its_format.name in ("deepspec", "sglang") and kind.is_fill_in:
+        if its_format.name in ("deepspec", "sglang") and kind.is_fill_in and not kind.is_pruned:
             return None  # it converts what calls itself DFlashDraftModel
         return super().unread(kind, its_format)
 

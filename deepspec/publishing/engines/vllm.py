@@ -119,7 +119,7 @@ class VLLM(Engine):
 
 def guessed_method(path: str, architectures: list[str]) -> str | None:
     """What it takes for the method where none is given: by the whole path first, then by the architecture."""
-    lowered = path.lower()
+    lowered = path.lower() + (" dflash" if "MuseGlimmerAssistantModel" in architectures else "")
     for part, method in (("eagle-", "eagle"), ("eagle3", "eagle3"), ("dflash", "dflash"), ("dspark", "dspark")):
         if part in lowered:
             return method
