@@ -64,7 +64,10 @@ def serving_section(
     parts = [f"## Serve\n\nThe weights are in the {its_format.name} format ({its_format.description})."]
     cannot = []
     for engine in ENGINES.values():
-        if obstacles := engine.obstacles(serving.kind, its_format):
+        obstacles = engine.obstacles(serving.kind, its_format)
+        if why := engine.no_target(serving):
+            obstacles.append(why)
+        if obstacles:
             cannot.append(f"- {engine.title} cannot, because it {'; and it '.join(obstacles)}.")
         else:
             sentences = " ".join(engine.features(serving))

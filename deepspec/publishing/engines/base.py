@@ -99,6 +99,10 @@ class Engine(ABC):
             return None
         return f"does not read the {its_format.name} format: {self.advice(kind)}"
 
+    def no_target(self, serving: Serving) -> str | None:
+        """Why it cannot serve the target that a card names; None if it can."""
+        return None
+
     def advice(self, kind: DraftKind) -> str:
         return f"export it with format={self.formats[0]}"
 

@@ -54,6 +54,14 @@ class VLLM(Engine):
             return "has no Qwen3Eagle3Model: export it with format=speculators"
         return super().unread(kind, its_format)
 
+    def no_target(self, serving: Serving) -> str | None:
+        if serving.target_gguf_file is None:
+            return None
+        return (
+            f"has no loader for the target's GGUF file {serving.target_gguf_file}: save it as safetensors first "
+            "(Transformers' gguf_file=, save_pretrained)"
+        )
+
     def traps(self, draft: OpenedDraft) -> Iterator[Finding]:
         folder, kind = draft.folder, draft.kind
         yield from check_method(folder, kind.algorithm)
@@ -96,11 +104,7 @@ class VLLM(Engine):
             settings["revision"] = serving.draft_revision
         settings["num_speculative_tokens"] = serving.kind.draft_length
         settings["draft_sample_method"] = "probabilistic"
-        words = ["vllm serve"]
-        if serving.target_gguf_file:
-            words += [shlex.quote(f"{serving.target}/{serving.target_gguf_file}"), f"--tokenizer {serving.target_word}"]
-        else:
-            words.append(serving.target_word)
+        words = [f"vllm serve {serving.target_word}"]
         if serving.target_revision:
             words.append(f"--revision {shlex.quote(serving.target_revision)}")
         return serving.in_shell(" ".join(words), f"--speculative-config {shlex.quote(json.dumps(settings))}")
