@@ -153,7 +153,7 @@ def measure(way: str, options: TrainingOptions) -> dict[str, float]:
     shape = SHAPES[options.model]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target, module = build(shape, device)
-    block_size = module.draft.block_size
+    block_size = module.draft.draft_length
     features = (PaddedFeatures if way == PLAIN else OnlineFeatures)(target, shape.layer_ids)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)

@@ -41,7 +41,8 @@ class DraftConfig:
     num_kv_heads: int | None = None  # key/value heads, a divisor of the heads; null likewise
     head_dim: int | None = None  # width of a head, even; null likewise
     intermediate_size: int | None = None  # width of the MLP; null = the target's, 3 * hidden size for narrow experts
-    block_size: int = 7  # gamma: tokens drafted per round
+    block_size: int = 7  # slots of a block, the anchor's among them
+    sample_from_anchor: bool = True  # the anchor's slot predicts too: block_size tokens a round; false = one fewer
     target_layer_ids: list[int] | None = (
         None  # captured target layers, 0-based, -1 = embedding output; null = spread evenly
     )

@@ -35,7 +35,7 @@ class Proposal:
 class Proposer(Protocol):
     """Drafts from the target's features; keeps its own per-slot state, rewound by position like the engine's."""
 
-    block_size: int
+    block_size: int  # tokens that it drafts a round, at most
     layer_ids: Sequence[int]  # target layers whose output it reads
     has_confidences: bool
 
@@ -97,7 +97,7 @@ class DSparkProposer:
                 "(numbered from 0); load the target it was trained for"
             )
         self.draft = draft.eval()
-        self.block_size = draft.block_size
+        self.block_size = draft.draft_length
         self.layer_ids: Sequence[int] = draft.target_layer_ids
         self.has_confidences = draft.confidence_head is not None
         self._layers = range(draft.config.num_hidden_layers)

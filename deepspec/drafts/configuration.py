@@ -16,9 +16,11 @@ from deepspec.drafts.shapes import LayerShape, layer_shape, norm_epsilon, plain_
 
 ALGORITHMS = ("dspark", "dflash")
 HEAD_TYPES = ("vanilla", "gated", "rnn")
-QWEN3, GEMMA4 = "Qwen3DSparkModel", "Gemma4DSparkModel"
-# By model_type. LlamaDSparkModel is loaded, never written: no engine has it.
+QWEN3, GEMMA4, DFLASH = "Qwen3DSparkModel", "Gemma4DSparkModel", "DFlashDraftModel"
+# By model_type, see `architecture_of`. LlamaDSparkModel is loaded, never written: no engine has it.
 ARCHITECTURES = {"qwen3": QWEN3, "gemma4_text": GEMMA4, "llama": "LlamaDSparkModel"}
+NESTED = "dflash_config"  # where z-lab keeps a draft's own fields
+REQUIRED = ("block_size", "mask_token_id", "target_layer_ids")
 DEFAULT_CAPTURED_LAYERS = 5
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -28,7 +30,8 @@ class DraftSettings:
     """The draft's own fields of a config, with the defaults of configs that do not write all of them."""
 
     algorithm: str
-    block_size: int
+    block_size: int  # input slots: the anchor and masks
+    sample_from_anchor: bool  # the first slot predicts the token after the anchor; False = it predicts nothing
     mask_token_id: int
     target_layer_ids: tuple[int, ...]
     num_target_layers: int
@@ -41,9 +44,16 @@ class DraftSettings:
     logit_scale: float  # factor of the head's logits and of the sequential head's bias
     logit_softcap: float | None  # c in c * tanh(logit / c), before the bias; None = off
 
+    @property
+    def draft_length(self) -> int:
+        """Tokens drafted a round: one for every slot that predicts."""
+        return self.block_size if self.sample_from_anchor else self.block_size - 1
+
     @classmethod
     def of(cls, config: PreTrainedConfig) -> DraftSettings:
-        """Read a draft's config.
+        """Read a draft's config; a field may be in `dflash_config` alone, where it overrules one of the same name.
+
+        A DFlashDraftModel fills in masks behind its anchor, unless its config says that it samples from the anchor.
 
         A context window W is what engines call sliding attention without causality: every slot of a block sees the W
         tokens before the anchor, as in the training mask of `speculators`. vLLM's window is |query - key| < W for each
@@ -52,23 +62,22 @@ class DraftSettings:
         Raises:
             ConfigError: it is not the config of a DSpark or DFlash draft, or it asks for what DeepSpec does not have.
         """
-        missing = [key for key in ("block_size", "mask_token_id", "target_layer_ids") if not hasattr(config, key)]
-        if missing:
+        fields = {key: _field(config, key) for key in REQUIRED}
+        if missing := [key for key, value in fields.items() if value is None]:
             raise ConfigError(f"not the config of a DSpark or DFlash draft: {', '.join(missing)} missing")
-        if not getattr(config, "sample_from_anchor", True):
-            raise ConfigError(
-                "sample_from_anchor=false: the first slot of this draft predicts nothing; DeepSpec uses only drafts in "
-                "which it predicts the token after the anchor"
-            )
+        _check_known(config)
+        samples = _field(config, "sample_from_anchor", DFLASH not in (config.architectures or []))
+        _check_block_size(fields["block_size"], samples)
         rank = getattr(config, "markov_rank", 0)
         confidence = getattr(config, "enable_confidence_head", False)
         implied_scale = config.hidden_size**0.5 if family_of(config).scales_embedding else 1.0
         return cls(
             algorithm=getattr(config, "draft_algorithm", None) or ("dspark" if rank or confidence else "dflash"),
-            block_size=config.block_size,
-            mask_token_id=config.mask_token_id,
-            target_layer_ids=tuple(config.target_layer_ids),
-            num_target_layers=getattr(config, "num_target_layers", 0),
+            block_size=fields["block_size"],
+            sample_from_anchor=samples,
+            mask_token_id=fields["mask_token_id"],
+            target_layer_ids=tuple(fields["target_layer_ids"]),
+            num_target_layers=_field(config, "num_target_layers", 0),
             markov_rank=rank,
             markov_head_type=getattr(config, "markov_head_type", None) or "vanilla",
             confidence_head=confidence,
@@ -82,6 +91,40 @@ class DraftSettings:
         )
 
 
+def architecture_of(config: PreTrainedConfig) -> str:
+    """The class that a draft is saved as: what engines look for."""
+    settings = DraftSettings.of(config)
+    if config.model_type == "qwen3" and settings.algorithm == "dflash" and not settings.sample_from_anchor:
+        return DFLASH
+    return ARCHITECTURES[config.model_type]
+
+
+def _field(config: PreTrainedConfig, name: str, default: Any = None) -> Any:
+    nested = _nested(config).get(name)
+    return getattr(config, name, default) if nested is None else nested
+
+
+def _nested(config: PreTrainedConfig) -> dict[str, Any]:
+    return getattr(config, NESTED, None) or {}
+
+
+def _check_block_size(block_size: int, sample_from_anchor: bool) -> None:
+    if sample_from_anchor:
+        _check_at_least("draft.block_size", block_size, 1)
+    elif block_size < 2:
+        raise ConfigError(
+            f"draft.block_size={block_size}: must be at least 2 with draft.sample_from_anchor=false, where the first "
+            "slot predicts nothing"
+        )
+
+
+def _check_known(config: PreTrainedConfig) -> None:
+    """Refuse what other DFlash drafts may ask of an engine and would go unnoticed here."""
+    for name, usual in (("use_swa", False), ("attention_value_scale", None), ("is_neox_style", True)):
+        if (value := _field(config, name, usual)) != usual:
+            raise ConfigError(f"{name}={value}: DeepSpec has no such draft")
+
+
 def _context_window(config: PreTrainedConfig) -> int | None:
     """Read as vLLM reads it: `is_causal`, then `dflash_config.causal`; else sliding layers are causal, full are not."""
     types = getattr(config, "layer_types", None) or [FULL]
@@ -91,7 +134,7 @@ def _context_window(config: PreTrainedConfig) -> int | None:
         )
     is_causal = getattr(config, "is_causal", None)
     if is_causal is None:
-        is_causal = (getattr(config, "dflash_config", None) or {}).get("causal", types[0] == SLIDING)
+        is_causal = _nested(config).get("causal", types[0] == SLIDING)
     if is_causal:
         raise ConfigError(
             "the slots of this draft do not see those behind them (is_causal, or sliding_attention without "
@@ -113,6 +156,7 @@ def build_draft_config(
     confidence_head: bool,
     confidence_head_with_markov: bool,
     num_anchors: int,
+    sample_from_anchor: bool = True,
     architecture: str = QWEN3,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
@@ -129,7 +173,10 @@ def build_draft_config(
     """The config of a draft for this target, of any family. Reads no weights.
 
     Args:
+        block_size: input slots of a block.
         target_layer_ids: captured decoder layers, 0-based, -1 = embedding output; None = `default_layer_ids`.
+        sample_from_anchor: the first slot predicts the token after the anchor; False = DFlash's own convention, in
+            which the masks alone predict: block_size - 1 tokens. Such a DFlash becomes a DFlashDraftModel.
         architecture: Qwen3DSparkModel, or Gemma4DSparkModel for a Gemma 4 target.
         num_heads, num_kv_heads, head_dim, intermediate_size: of the draft's layers; None = see `layer_shape`.
         sliding_window: context tokens that a block sees; None = all. Stored as engines read it: sliding layers that are
@@ -149,7 +196,7 @@ def build_draft_config(
     _check_choice("draft.architecture", architecture, (QWEN3, GEMMA4))
     _check_choice("draft.algorithm", algorithm, ALGORITHMS)
     _check_at_least("draft.num_layers", num_layers, 1)
-    _check_at_least("draft.block_size", block_size, 1)
+    _check_block_size(block_size, sample_from_anchor)
     _check_at_least("train.num_anchors", num_anchors, 1)
     sizes = {
         "num_heads": num_heads,
@@ -179,7 +226,7 @@ def build_draft_config(
         **{name: getattr(target_config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "num_target_layers": depth,
         "block_size": block_size,
-        "sample_from_anchor": True,
+        "sample_from_anchor": sample_from_anchor,
         "mask_token_id": mask_token_id,
         "target_layer_ids": layer_ids,
         "num_anchors": num_anchors,
@@ -199,6 +246,8 @@ def build_draft_config(
     if final_logit_softcapping is not None:
         fields["final_logit_softcapping"] = final_logit_softcapping
     if architecture == GEMMA4:
+        if not sample_from_anchor:
+            raise ConfigError(f"draft.sample_from_anchor=false: no engine has it for {GEMMA4}; set {QWEN3}")
         return _gemma4_config(target_config, fields, sizes, sliding_window, embedding_scale)
     if embedding_scale != 1:
         fields["embedding_scale"] = embedding_scale
@@ -216,14 +265,14 @@ def _qwen3_config(
         "rope_parameters": plain_rope(target),
         "layer_types": [FULL if sliding_window is None else SLIDING] * fields["num_hidden_layers"],
     }
+    nested: dict[str, Any] = {"causal": False}
     if sliding_window is not None:
-        fields |= {
-            "use_sliding_window": True,
-            "sliding_window": sliding_window,
-            "is_causal": False,
-            "dflash_config": {"causal": False},
-        }
-    return Qwen3Config(architectures=[QWEN3], **fields)
+        fields |= {"use_sliding_window": True, "sliding_window": sliding_window, "is_causal": False, NESTED: nested}
+    config = Qwen3Config(**fields)
+    config.architectures = [architecture_of(config)]
+    if config.architectures == [DFLASH]:
+        config.dflash_config = {name: fields[name] for name in ("mask_token_id", "target_layer_ids")} | nested
+    return config
 
 
 def _gemma4_config(

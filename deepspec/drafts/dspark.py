@@ -1,12 +1,14 @@
-"""The DSpark draft (arXiv 2607.05147, section 3); without its heads it is DFlash (arXiv 2602.06036) in DSpark's slots.
+"""The DSpark draft (arXiv 2607.05147, section 3); without its heads it is DFlash (arXiv 2602.06036).
 
-Slot k of a block (k = 1..G) reads the anchor token (k = 1) or a mask token at position anchor + k - 1 and predicts the
-token at anchor + k.
+A block reads the anchor token and behind it mask tokens, one a position. Where it samples from the anchor, each slot
+predicts the token behind its own position, the anchor's the first. Where it fills in (DFlash's own convention), each
+mask predicts the token of its own position and the anchor's slot nothing; it is left out of everything behind the
+backbone. So in both, slot k = 1..G of those that predict is about the token at anchor + k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -24,12 +26,14 @@ from transformers import (
 from deepspec.config import ConfigError
 from deepspec.drafts.backbone import DraftLayer, KeyValue, SandwichDraftLayer
 from deepspec.drafts.confidence import build_confidence_head
-from deepspec.drafts.configuration import DraftSettings
+from deepspec.drafts.configuration import DraftSettings, architecture_of
 from deepspec.drafts.families import family_of
 from deepspec.drafts.heads import build_markov_head
 from deepspec.kernels.attention import ContextSpans
 from deepspec.kernels.losses import soft_cap
 from deepspec.text import some
+
+LENT = ("embed_tokens.weight", "lm_head.weight")  # the target's, frozen
 
 
 class TargetWeights(Protocol):
@@ -91,7 +95,13 @@ class DSparkModel(PreTrainedModel):
 
     @property
     def block_size(self) -> int:
+        """Input slots, see `DraftSettings`."""
         return self.settings.block_size
+
+    @property
+    def draft_length(self) -> int:
+        """Tokens drafted a round, which is the number of slots in every output."""
+        return self.settings.draft_length
 
     @property
     def mask_token_id(self) -> int:
@@ -106,16 +116,18 @@ class DSparkModel(PreTrainedModel):
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     @torch.no_grad()
-    def tie_to_target(self, target: TargetWeights) -> None:
-        """Copy the target's embedding and head.
+    def tie_to_target(self, target: TargetWeights, names: Container[str] = LENT) -> None:
+        """Copy the target's embedding and head, or only what is named.
 
         Raises:
             ValueError: the target's shapes differ from the draft's.
         """
-        for name, module, weight in (
-            ("embedding", self.embed_tokens, target.embedding_weight),
-            ("head", self.lm_head, target.head_weight),
+        for name, lent, module, weight in (
+            ("embedding", "embed_tokens.weight", self.embed_tokens, target.embedding_weight),
+            ("head", "lm_head.weight", self.lm_head, target.head_weight),
         ):
+            if lent not in names:
+                continue
             if module.weight.shape != weight.shape:
                 raise ValueError(
                     f"the target's {name} has shape {list(weight.shape)}, the draft's config says "
@@ -170,7 +182,7 @@ class DSparkModel(PreTrainedModel):
             block_mask: bool [batch, blocks], False = padding block, which sees no context; its output means nothing.
 
         Returns:
-            Hidden states after the final norm [batch, blocks, slots, hidden].
+            Hidden states after the final norm of the slots that predict [batch, blocks, draft_length, hidden].
         """
         context = self.project_context(context_features)
         anchor_positions = position_ids.gather(1, anchor_columns)
@@ -222,7 +234,7 @@ class DSparkModel(PreTrainedModel):
                 Columns from the anchor on are ignored, but must be finite.
 
         Returns:
-            Hidden states after the final norm [batch, slots, hidden].
+            Hidden states after the final norm of the slots that predict [batch, draft_length, hidden].
         """
         spans = self._spans(anchor_positions[:, None], anchor_positions[:, None])
         return self._run_blocks(anchor_tokens[:, None], anchor_positions[:, None], context_cache, spans)[:, 0]
@@ -253,7 +265,7 @@ class DSparkModel(PreTrainedModel):
     def _run_blocks(
         self, anchor_tokens: Tensor, anchor_positions: Tensor, context: Sequence[KeyValue], spans: ContextSpans
     ) -> Tensor:
-        """[batch, blocks] anchors -> [batch, blocks, slots, hidden]"""
+        """[batch, blocks] anchors -> [batch, blocks, draft_length, hidden]"""
         slots = torch.arange(self.block_size, device=anchor_tokens.device)
         tokens = torch.where(slots == 0, anchor_tokens[..., None], self.mask_token_id)
         hidden = self.embed_tokens(tokens).to(self.fc.weight.dtype)
@@ -265,7 +277,7 @@ class DSparkModel(PreTrainedModel):
                 hidden = checkpoint(layer, hidden, rotation, key_values, spans, use_reentrant=False)
             else:
                 hidden = layer(hidden, rotation, key_values, spans)
-        return self.norm(hidden)
+        return self.norm(hidden[:, :, -self.draft_length :])
 
     def _init_weights(self, module: nn.Module) -> None:
         """The family's initialisation, except for the two tables of a sequential head: W1 is N(0, 1) and W2 is 0.
@@ -285,6 +297,12 @@ class Qwen3DSparkModel(DSparkModel):
     config_class = Qwen3Config
 
 
+class DFlashDraftModel(DSparkModel):
+    """DFlash that fills in: the class that z-lab, vLLM and SGLang know."""
+
+    config_class = Qwen3Config
+
+
 class Gemma4DSparkModel(DSparkModel):
     config_class = Gemma4TextConfig
     layer_class = SandwichDraftLayer
@@ -296,11 +314,10 @@ class LlamaDSparkModel(DSparkModel):
     config_class = LlamaConfig
 
 
-DRAFT_CLASSES: dict[str, type[DSparkModel]] = {
-    "qwen3": Qwen3DSparkModel,
-    "gemma4_text": Gemma4DSparkModel,
-    "llama": LlamaDSparkModel,
-}
+def draft_class(config: PreTrainedConfig) -> type[DSparkModel]:
+    """The class of a draft's config, see `architecture_of`."""
+    classes = (Qwen3DSparkModel, DFlashDraftModel, Gemma4DSparkModel, LlamaDSparkModel)
+    return {one.__name__: one for one in classes}[architecture_of(config)]
 
 
 def _difference(mine: nn.Module, theirs: nn.Module) -> str:
@@ -325,7 +342,7 @@ def build_draft(config: PreTrainedConfig, target: TargetWeights | None = None, *
     family_of(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        draft = DRAFT_CLASSES[config.model_type](config)
+        draft = draft_class(config)(config)
     if target is not None:
         draft.tie_to_target(target)
     return draft

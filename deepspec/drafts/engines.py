@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from deepspec.drafts.configuration import ARCHITECTURES, GEMMA4, QWEN3, DraftSettings
+from deepspec.drafts.configuration import DFLASH, GEMMA4, QWEN3, DraftSettings, architecture_of
 
 
 def engine_limits(config: PreTrainedConfig) -> list[str]:
     """What a draft of this config needs and an engine cannot do, a clause each; empty if vLLM and SGLang do all."""
-    settings, architecture = DraftSettings.of(config), ARCHITECTURES[config.model_type]
-    if architecture not in (QWEN3, GEMMA4):
+    settings, architecture = DraftSettings.of(config), architecture_of(config)
+    if architecture not in (QWEN3, GEMMA4, DFLASH):
         return [f"no engine has {architecture}"]
     limits = []
-    if architecture == QWEN3:
+    if architecture != GEMMA4:
         if settings.embedding_scale != 1:
             limits.append(f"vLLM and SGLang do not scale its embedding (embedding_scale={settings.embedding_scale:g})")
         if settings.logit_softcap is not None:
@@ -27,10 +27,12 @@ def engine_limits(config: PreTrainedConfig) -> list[str]:
             limits.append(f"vLLM has {GEMMA4} only with attention_k_eq_v")
         if settings.logit_softcap is not None and settings.markov_rank:
             limits.append("vLLM caps the bias of the sequential head too, not the head's logits alone")
+    if architecture == DFLASH:
+        return limits
     if settings.markov_rank == 0:
         limits.append(
-            "SGLang refuses a draft without a sequential head (markov_rank=0), and vLLM has one only in a slot "
-            "convention where the first slot predicts nothing"
+            "SGLang refuses a draft that samples from the anchor without a sequential head (markov_rank=0), and vLLM "
+            "has none; as DFlash they have one that fills in (sample_from_anchor=false)"
         )
     elif settings.markov_head_type != "vanilla":
         limits.append(f"vLLM has only the vanilla sequential head (markov_head_type={settings.markov_head_type})")

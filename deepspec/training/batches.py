@@ -51,7 +51,7 @@ class MicroBatchMaker:
     pad_id: int
     packed: bool  # all samples in one row, or each padded in its own
     num_anchors: int
-    block_size: int
+    draft_length: int
     decay: float
     seed: int
     stream: int = TRAINING
@@ -61,7 +61,7 @@ class MicroBatchMaker:
         seeds = [anchor_seed(self.seed, self.stream, sample.epoch, sample.index) for sample in samples]
         anchors, block_mask = sample_anchors(batch, self.num_anchors, seeds)
         labels = supervise(
-            batch.input_ids, batch.position_ids, batch.loss_mask, anchors, block_mask, self.block_size, self.decay
+            batch.input_ids, batch.position_ids, batch.loss_mask, anchors, block_mask, self.draft_length, self.decay
         )
         return MicroBatch(
             tokens=batch,

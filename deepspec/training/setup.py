@@ -142,7 +142,7 @@ def _note_length(config: TrainRun, positions: int, train_set: ConversationDatase
 def _new_draft(config: TrainRun, draft_config: PreTrainedConfig, target: Target | TargetHead) -> DSparkModel:
     draft = build_draft(draft_config, target, seed=config.seed)
     if config.train.start_from is not None:
-        copy_weights(draft, config.train.start_from)
+        copy_weights(draft, config.train.start_from, target)
     elif config.draft.start_from_target:
         draft.start_from_target(target)
     return draft
@@ -240,6 +240,7 @@ def draft_config_of(
         algorithm=draft.algorithm,
         num_layers=draft.num_layers,
         block_size=draft.block_size,
+        sample_from_anchor=draft.sample_from_anchor,
         target_layer_ids=draft.target_layer_ids,
         mask_token_id=mask_token_id,
         markov_rank=draft.markov_rank,

@@ -309,7 +309,7 @@ class Trainer:
             pad_id=self.materials.pad_id,
             packed=self.config.train.tokens_per_batch is not None,
             num_anchors=self.config.train.num_anchors,
-            block_size=self.materials.draft.block_size,
+            draft_length=self.materials.draft.draft_length,
             decay=self.config.train.loss.decay,
             seed=self.config.seed,
             stream=stream,

@@ -14,10 +14,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from deepspec.config import ConfigError, DraftConfig
-from deepspec.drafts import DraftSettings, DSparkModel, load_draft
+from deepspec.drafts import DraftSettings, DSparkModel
 from deepspec.drafts.configuration import ARCHITECTURES, QWEN3
+from deepspec.drafts.dspark import TargetWeights
 from deepspec.drafts.families import head_dim_of
-from deepspec.drafts.loading import find_draft_folder, read_draft_config
+from deepspec.drafts.loading import find_draft_folder, read_draft, read_draft_config
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, object]:
         "draft.algorithm": settings.algorithm,
         "draft.num_layers": config.num_hidden_layers,
         "draft.block_size": settings.block_size,
+        "draft.sample_from_anchor": settings.sample_from_anchor,
         "draft.target_layer_ids": list(settings.target_layer_ids),
         "draft.mask_token_id": settings.mask_token_id,
         "draft.markov_rank": settings.markov_rank,
@@ -90,13 +92,16 @@ def _shown(value: object) -> str:
 
 
 @torch.no_grad()
-def copy_weights(draft: DSparkModel, start_from: str) -> None:
+def copy_weights(draft: DSparkModel, start_from: str, target: TargetWeights) -> None:
     """Give a fresh draft the trained weights of an earlier one; its embedding and head stay those of its own target.
+
+    Args:
+        target: the fresh draft's.
 
     Raises:
         ConfigError: the weights have other names or shapes: the earlier draft was made for another kind of target.
     """
-    earlier = load_draft(find_draft_folder(start_from, key=KEY), dtype=torch.float32)
+    earlier = read_draft(find_draft_folder(start_from, key=KEY), dtype=torch.float32, lender=target)
     ours, theirs = dict(draft.trainable_parameters()), dict(earlier.trainable_parameters())
     shapes = [{name: list(weight.shape) for name, weight in weights.items()} for weights in (ours, theirs)]
     if shapes[0] != shapes[1]:
