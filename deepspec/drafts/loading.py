@@ -14,9 +14,10 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from deepspec.checkpoints import DRAFT, newest_checkpoint
 from deepspec.config import ConfigError
-from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings, uniform_layers
-from deepspec.drafts.dspark import DRAFT_CLASSES, DSparkModel, TargetWeights
-from deepspec.drafts.families import family_of
+from deepspec.drafts.base import DraftModel, TargetWeights
+from deepspec.drafts.building import draft_class
+from deepspec.drafts.configuration import DraftSettings, architecture_of, uniform_layers
+from deepspec.drafts.eagle3_configuration import is_eagle3
 from deepspec.files import download_model, weight_files
 from deepspec.text import some
 
@@ -40,7 +41,7 @@ def load_draft(
     device: str | torch.device = "cpu",
     target: LoadedTarget | None = None,
     allow_other_target: bool = False,
-) -> DSparkModel:
+) -> DraftModel:
     """Load a draft for decoding or for further training.
 
     Args:
@@ -57,7 +58,7 @@ def load_draft(
     folder = find_draft_folder(path, revision)
     config = read_draft_config(folder)
     _check_tensors(folder, config)
-    draft = DRAFT_CLASSES[config.model_type].from_pretrained(folder, config=config, dtype=dtype or "auto")
+    draft = draft_class(config).from_pretrained(folder, config=config, dtype=dtype or "auto")
     draft = draft.eval().to(device)
     if target is not None:
         check_target(draft, target, folder, allow_other_target=allow_other_target)
@@ -99,7 +100,7 @@ def read_draft_config(folder: Path) -> PreTrainedConfig:
     """The draft's config.
 
     Raises:
-        ValueError: damaged, or not the config of a DSpark or DFlash draft.
+        ValueError: damaged, or not the config of a draft.
     """
     try:
         architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
@@ -107,10 +108,10 @@ def read_draft_config(folder: Path) -> PreTrainedConfig:
     except (json.JSONDecodeError, UnicodeDecodeError, OSError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'}: not a readable config: {error}") from error
     try:
-        family_of(config)
+        expected = architecture_of(config)
         config = uniform_layers(config)
-        if ARCHITECTURES[config.model_type] not in architectures:
-            raise ConfigError(f"architectures={architectures}: expected {ARCHITECTURES[config.model_type]}")
+        if expected not in architectures and not is_eagle3(config):
+            raise ConfigError(f"architectures={architectures}: expected {expected}")
         DraftSettings.of(config)
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.json'}: {error}") from error
@@ -118,7 +119,7 @@ def read_draft_config(folder: Path) -> PreTrainedConfig:
 
 
 def check_target(
-    draft: DSparkModel, target: LoadedTarget, source: Path | str = "this draft", *, allow_other_target: bool = False
+    draft: DraftModel, target: LoadedTarget, source: Path | str = "this draft", *, allow_other_target: bool = False
 ) -> None:
     """Refuse a target that the draft was not trained for.
 
@@ -165,7 +166,7 @@ def _same_weights(ours: Tensor, theirs: Tensor) -> bool:
 def _check_tensors(folder: Path, config: PreTrainedConfig) -> None:
     """Compare names and shapes in the files with what the config needs. Reads headers, no weights."""
     with torch.device("meta"):
-        expected = {name: list(t.shape) for name, t in DRAFT_CLASSES[config.model_type](config).state_dict().items()}
+        expected = {name: list(t.shape) for name, t in draft_class(config)(config).state_dict().items()}
     stored: dict[str, list[int]] = {}
     for file in weight_files(folder):
         try:

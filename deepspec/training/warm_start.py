@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from deepspec.config import ConfigError, DraftConfig
-from deepspec.drafts import DraftSettings, DSparkModel, load_draft
-from deepspec.drafts.configuration import ARCHITECTURES, QWEN3
+from deepspec.drafts import DraftModel, DraftSettings, load_draft
+from deepspec.drafts.configuration import QWEN3, architecture_of
+from deepspec.drafts.eagle3_configuration import QWEN3_EAGLE3, is_eagle3
 from deepspec.drafts.families import head_dim_of
 from deepspec.drafts.loading import find_draft_folder, read_draft_config
 
@@ -34,7 +35,7 @@ def filled_in(draft: DraftConfig, start_from: str | None) -> DraftConfig:
         "target_layer_ids": list(settings.target_layer_ids),
         "mask_token_id": settings.mask_token_id,
     }
-    if ARCHITECTURES[config.model_type] == QWEN3:  # the only one whose sizes can be set
+    if architecture_of(config) in (QWEN3, QWEN3_EAGLE3):  # the only ones whose sizes can be set
         earlier |= _sizes(config)
     open_keys: dict[str, Any] = {key: value for key, value in earlier.items() if getattr(draft, key) is None}
     return replace(draft, **open_keys)
@@ -68,10 +69,11 @@ def _settings(config: PreTrainedConfig) -> dict[str, object]:
     """What `draft.*` says about a draft, by its keys. A head's details count only where there is that head."""
     settings = DraftSettings.of(config)
     read: dict[str, object] = {
-        "draft.architecture": ARCHITECTURES[config.model_type],
+        "draft.architecture": architecture_of(config),
         "draft.algorithm": settings.algorithm,
         "draft.num_layers": config.num_hidden_layers,
-        "draft.block_size": settings.block_size,
+        "draft.block_size": None if is_eagle3(config) else settings.block_size,
+        "draft.ttt_length": settings.block_size if is_eagle3(config) else None,
         "draft.target_layer_ids": list(settings.target_layer_ids),
         "draft.mask_token_id": settings.mask_token_id,
         "draft.markov_rank": settings.markov_rank,
@@ -90,7 +92,7 @@ def _shown(value: object) -> str:
 
 
 @torch.no_grad()
-def copy_weights(draft: DSparkModel, start_from: str) -> None:
+def copy_weights(draft: DraftModel, start_from: str) -> None:
     """Give a fresh draft the trained weights of an earlier one; its embedding and head stay those of its own target.
 
     Raises:
