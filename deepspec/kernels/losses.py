@@ -38,7 +38,7 @@ class VocabularyLosses(NamedTuple):
     """Losses of N rows; `ce` and `l1` carry no gradient."""
 
     loss: Tensor  # scalar: sum of weights * (ce_scale * ce + tv_scale * l1)
-    ce: Tensor  # [N] -log p_d(target token)
+    ce: Tensor  # [N] -log p_d(target token), or -sum p_t log p_d where no target token is given
     l1: Tensor | None  # [N] ||p_d - p_t||_1, from 0 to 2; None without target states
 
 
@@ -47,7 +47,7 @@ def vocabulary_losses_reference(
     latents: Tensor | None,
     head: Tensor,
     markov_w2: Tensor | None,
-    targets: Tensor,
+    targets: Tensor | None,
     target_hidden: Tensor | None,
     weights: Tensor,
     ce_scale: float,
@@ -66,12 +66,16 @@ def vocabulary_losses_reference(
         bias = functional.linear(latents.to(head.dtype), markov_w2.to(head.dtype)).float()
         logits = logits + _scaled(bias, logit_scale)
     log_probabilities = logits.log_softmax(-1)
-    ce = -log_probabilities.gather(1, targets[:, None]).squeeze(1)
+    if target_hidden is not None:
+        with torch.no_grad():
+            target_probabilities = logits_of(target_hidden).softmax(-1)
+    if targets is None:
+        ce = -(target_probabilities * log_probabilities).sum(-1)
+    else:
+        ce = -log_probabilities.gather(1, targets[:, None]).squeeze(1)
     loss = ce_scale * ce
     if target_hidden is None:
         return VocabularyLosses((weights * loss).sum(), ce.detach(), None)
-    with torch.no_grad():
-        target_probabilities = logits_of(target_hidden).softmax(-1)
     l1 = (log_probabilities.exp() - target_probabilities).abs().sum(-1)
     return VocabularyLosses((weights * (loss + tv_scale * l1)).sum(), ce.detach(), l1.detach())
 
@@ -81,7 +85,7 @@ def vocabulary_losses(
     latents: Tensor | None,
     head: Tensor,
     markov_w2: Tensor | None,
-    targets: Tensor,
+    targets: Tensor | None,
     target_hidden: Tensor | None,
     weights: Tensor,
     ce_scale: float,
@@ -104,17 +108,17 @@ def vocabulary_losses(
         latents: [N, rank], gets a gradient; None without a sequential head.
         head: [vocab, hidden], frozen; of the draft and the target alike.
         markov_w2: [vocab, rank], gets a gradient; None without a sequential head.
-        targets: [N] token ids.
+        targets: [N] token ids; None = the cross-entropy is that of the target's distribution, Eagle3's.
         target_hidden: [N, hidden], the target's state that predicts this token; None = no target probabilities, no l1.
         weights: [N]
-        ce_scale, tv_scale: of the two losses in `loss`. A tv_scale above 0 needs `target_hidden`.
+        ce_scale, tv_scale: of the two losses in `loss`. A tv_scale above 0 needs `target_hidden`, as do no `targets`.
         logit_scale: factor of all logits.
         softcap: c in c * tanh(logit / c), of the head's logits; None = off.
         chunk_rows: at most so many rows at a time; None = what suits the device.
         implementation: "reference", "chunked" or "triton"; None = triton on a GPU where it is installed, else chunked.
     """
-    if tv_scale and target_hidden is None:
-        raise ValueError("the total variation needs the target's hidden states: pass target_hidden or tv_scale=0")
+    if (tv_scale or targets is None) and target_hidden is None:
+        raise ValueError("the loss needs the target's distribution: pass target_hidden, or tv_scale=0 and targets")
     inputs = (hidden, latents, head, markov_w2, targets, target_hidden, weights)
     settings = (ce_scale, tv_scale, logit_scale, softcap)
     device = hidden.device.type
@@ -123,13 +127,16 @@ def vocabulary_losses(
     if implementation == "reference":
         return vocabulary_losses_reference(*inputs, *settings)
     trained = (hidden, latents, markov_w2)
+    steps = _fused_steps() if implementation == "triton" else PLAIN_STEPS
+    if targets is None:
+        steps = steps._replace(losses_of_rows=soft_losses_of_rows)
     with_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
     with torch.no_grad(), torch.autocast(device, enabled=False):
         losses, gradients = _losses_and_gradients(
             *inputs,
             *settings,
             chunk_rows=chunk_rows or CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"]),
-            steps=_fused_steps() if implementation == "triton" else PLAIN_STEPS,
+            steps=steps,
             with_gradient=with_gradient,
         )
     return losses._replace(loss=_WithGradients.apply(losses.loss, gradients, *trained)) if with_gradient else losses
@@ -154,7 +161,7 @@ def _losses_and_gradients(
     latents: Tensor | None,
     head: Tensor,
     markov_w2: Tensor | None,
-    targets: Tensor,
+    targets: Tensor | None,
     target_hidden: Tensor | None,
     weights: Tensor,
     ce_scale: float,
@@ -204,7 +211,7 @@ def _losses_and_gradients(
         steps.losses_of_rows(
             logits,
             None if target_hidden is None else second,
-            targets[chunk],
+            None if targets is None else targets[chunk],
             weights[chunk].float(),
             ce_scale,
             tv_scale,
@@ -337,6 +344,47 @@ def losses_of_rows(
         else:
             torch.mul(p, ce_scale * weight, out=z)
         z.scatter_add_(1, target, -ce_scale * weight)
+        if gradient is not logits:
+            gradient[some] = z
+
+
+def soft_losses_of_rows(
+    logits: Tensor,
+    target_logits: Tensor,
+    targets: None,
+    weights: Tensor,
+    ce_scale: float,
+    tv_scale: float,
+    ce: Tensor,
+    l1: Tensor,
+    gradient: Tensor | None,
+) -> None:
+    """`losses_of_rows` with the cross-entropy of the target's distribution q; both logits are overwritten.
+
+    -<q, log p> = log sum exp(z) - <q, z>; d ce / dz = p - q.
+    """
+    rows, vocab = logits.shape
+    cores = torch.get_num_threads() if logits.device.type == "cpu" else 1
+    cached = CACHED_ELEMENTS.get(logits.device.type, CACHED_ELEMENTS["cuda"])
+    step = min(rows, cores * max(1, cached // vocab))
+    all_p, all_q = logits.new_empty(2, step, vocab)
+    for start in range(0, rows, step):
+        some = slice(start, min(start + step, rows))
+        p, q = all_p[: some.stop - start], all_q[: some.stop - start]
+        z, weight = logits[some], weights[some, None]
+        torch.softmax(target_logits[some], -1, out=q)
+        expected = torch.mul(q, z, out=target_logits[some]).sum(-1)
+        ce[some] = z.logsumexp(-1) - expected
+        torch.softmax(z, -1, out=p)
+        difference = torch.sub(p, q, out=q)
+        l1[some] = torch.abs(difference, out=z).sum(-1)
+        if gradient is None:
+            continue
+        torch.mul(difference, ce_scale * weight, out=z)
+        if tv_scale:
+            signed_p = difference.sign_().mul_(p)
+            z.addcmul_(p, weight * signed_p.sum(-1, keepdim=True), value=-tv_scale)
+            z.addcmul_(signed_p, weight, value=tv_scale)
         if gradient is not logits:
             gradient[some] = z
 

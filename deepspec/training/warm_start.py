@@ -14,9 +14,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from deepspec.config import ConfigError, DraftConfig
-from deepspec.drafts import DraftSettings, DSparkModel
-from deepspec.drafts.configuration import ARCHITECTURES, QWEN3
-from deepspec.drafts.dspark import TargetWeights
+from deepspec.drafts import DraftModel, DraftSettings
+from deepspec.drafts.base import TargetWeights
+from deepspec.drafts.configuration import ARCHITECTURES
+from deepspec.drafts.eagle3_configuration import QWEN3_EAGLE3, is_eagle3
 from deepspec.drafts.families import head_dim_of
 from deepspec.drafts.loading import find_draft_folder, read_draft, read_draft_config
 
@@ -35,7 +36,7 @@ def filled_in(draft: DraftConfig, start_from: str | None) -> DraftConfig:
         "target_layer_ids": list(settings.target_layer_ids),
         "mask_token_id": settings.mask_token_id,
     }
-    if ARCHITECTURES[config.model_type] == QWEN3:  # the only one whose sizes can be set
+    if config.model_type == "qwen3":  # the only one whose sizes can be set
         earlier |= _sizes(config)
     open_keys: dict[str, Any] = {key: value for key, value in earlier.items() if getattr(draft, key) is None}
     return replace(draft, **open_keys)
@@ -69,11 +70,12 @@ def _settings(config: PreTrainedConfig) -> dict[str, object]:
     """What `draft.*` says about a draft, by its keys. A head's details count only where there is that head."""
     settings = DraftSettings.of(config)
     read: dict[str, object] = {
-        "draft.architecture": ARCHITECTURES[config.model_type],
+        "draft.architecture": QWEN3_EAGLE3 if is_eagle3(config) else ARCHITECTURES[config.model_type],
         "draft.algorithm": settings.algorithm,
         "draft.num_layers": config.num_hidden_layers,
-        "draft.block_size": settings.block_size,
+        "draft.block_size": None if is_eagle3(config) else settings.block_size,
         "draft.sample_from_anchor": settings.sample_from_anchor,
+        "draft.ttt_length": settings.block_size if is_eagle3(config) else None,
         "draft.target_layer_ids": list(settings.target_layer_ids),
         "draft.mask_token_id": settings.mask_token_id,
         "draft.markov_rank": settings.markov_rank,
@@ -92,7 +94,7 @@ def _shown(value: object) -> str:
 
 
 @torch.no_grad()
-def copy_weights(draft: DSparkModel, start_from: str, target: TargetWeights) -> None:
+def copy_weights(draft: DraftModel, start_from: str, target: TargetWeights) -> None:
     """Give a fresh draft the trained weights of an earlier one; its embedding and head stay those of its own target.
 
     Args:
