@@ -26,6 +26,7 @@ from benchmarks.head_cost import head_share
 from benchmarks.summary import spread, summary, write_record
 from deepspec import load_draft
 from deepspec.arguments import run_command
+from deepspec.config import ConfigError
 from deepspec.decoding import LookupProposer, Proposer, Request, SpeculativeEngine, Timing, proposer_of
 from deepspec.decoding.calibration import load_calibration
 from deepspec.decoding.policies import ConfidenceThreshold, PolicySetup, build_policy

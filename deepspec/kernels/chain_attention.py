@@ -87,7 +87,7 @@ def chain_attention_flex(
     scale: float,
 ) -> Tensor:
     """`chain_attention` with FlexAttention over the context, joined with the few keys of the chain itself by the logs
-    of the softmaxes' denominators. The mask over the context is the same in every step, so it is made and compiled once.
+    of the softmaxes' denominators. The mask over the context is that of every step: it is made and compiled once.
     """
     batch, heads, chains, head_dim = query.shape
     kv_heads = own_key.shape[1]
