@@ -39,7 +39,7 @@ def chains(golden: Golden) -> dict[str, Tensor]:
 
 
 def published_labels(golden: Golden, steps: range = range(STEPS)) -> SlotLabels:
-    """The reference's: step t of the chain at position i = anchor - 1: by loss_mask[i + t] if i + t + 1 exists."""
+    """The reference: step t of the chain at i = anchor - 1 counts by loss_mask[i + t], if position i + t + 1 exists."""
     position, step = torch.arange(LENGTH - 1)[:, None], torch.arange(STEPS)
     state = position + step + 1
     mask = golden.inputs["loss_mask"].bool()[:, (position + step).clamp(max=LENGTH - 1)]

@@ -86,8 +86,8 @@ def chain_attention_flex(
     spans: ContextSpans,
     scale: float,
 ) -> Tensor:
-    """`chain_attention` with FlexAttention over the context, joined with the few keys of the chain by the logs of
-    the softmaxes' denominators. The mask over the context is the same in every step: made and compiled once.
+    """`chain_attention` with FlexAttention over the context, joined with the few keys of the chain itself by the logs
+    of the softmaxes' denominators. The mask over the context is that of every step: it is made and compiled once.
     """
     batch, heads, chains, head_dim = query.shape
     kv_heads = own_key.shape[1]

@@ -116,7 +116,7 @@ def loss_divisor(weights: Tensor, input_ids: Tensor, divisor: str) -> Tensor:
             the published Eagle3 is trained).
 
     Returns:
-        Scalar; 0 where nothing is supervised.
+        Scalar, of the dtype of the weights; 0 where nothing is supervised.
     """
-    total = weights.double().sum()
-    return total if divisor == "supervised" else input_ids.numel() * (total > 0)
+    total = weights.sum()
+    return total if divisor == "supervised" else input_ids.numel() * (total > 0).to(total.dtype)

@@ -70,7 +70,7 @@ class MicroBatchMaker:
         return MicroBatch(
             tokens=batch,
             blocks={"anchor_columns": anchors, "block_mask": block_mask, **vars(labels)},
-            divisor=float(loss_divisor(labels.weights, batch.input_ids, self.divisor)),
+            divisor=float(loss_divisor(labels.weights.double(), batch.input_ids, self.divisor)),
         )
 
 

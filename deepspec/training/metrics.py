@@ -61,7 +61,8 @@ def summarize(sums: Mapping[str, Tensor]) -> dict[str, float]:
     weight = float(sums["weight_sum"])
     metrics: dict[str, float] = {}
     if weight > 0:
-        metrics["loss"] = float(sums["loss"]) / float(sums["divisor"])
+        if "loss" in sums:
+            metrics["loss"] = float(sums["loss"]) / float(sums["divisor"])
         for name in ("ce", "tv", "confidence_loss", "confidence_abs_error", "confidence_bias"):
             if name in sums:
                 metrics[name] = float(sums[name]) / weight
