@@ -43,6 +43,7 @@ class DraftSettings:
     embedding_scale: float  # factor of the embedding's rows
     logit_scale: float  # factor of the head's logits and of the sequential head's bias
     logit_softcap: float | None  # c in c * tanh(logit / c), before the bias; None = off
+    draft_vocab_size: int | None  # tokens that it can propose, see `deepspec.drafts.vocabulary`; None = all
 
     @property
     def draft_length(self) -> int:
@@ -70,6 +71,7 @@ class DraftSettings:
         _check_block_size(fields["block_size"], samples)
         rank = getattr(config, "markov_rank", 0)
         confidence = getattr(config, "enable_confidence_head", False)
+        proposable = getattr(config, "draft_vocab_size", None)
         implied_scale = config.hidden_size**0.5 if family_of(config).scales_embedding else 1.0
         return cls(
             algorithm=getattr(config, "draft_algorithm", None) or ("dspark" if rank or confidence else "dflash"),
@@ -88,6 +90,7 @@ class DraftSettings:
             embedding_scale=getattr(config, "embedding_scale", implied_scale),
             logit_scale=getattr(config, "logit_scale", 1.0),
             logit_softcap=getattr(config, "final_logit_softcapping", None),
+            draft_vocab_size=None if proposable == config.vocab_size else proposable,
         )
 
 
@@ -163,6 +166,7 @@ def build_draft_config(
     head_dim: int | None = None,
     intermediate_size: int | None = None,
     sliding_window: int | None = None,
+    draft_vocab_size: int | None = None,
     embedding_scale: float = 1.0,
     logit_scale: float = 1.0,
     final_logit_softcapping: float | None = None,
@@ -181,6 +185,7 @@ def build_draft_config(
         num_heads, num_kv_heads, head_dim, intermediate_size: of the draft's layers; None = see `layer_shape`.
         sliding_window: context tokens that a block sees; None = all. Stored as engines read it: sliding layers that are
             not causal, see `DraftSettings.of`.
+        draft_vocab_size: tokens that the draft can propose; None, or as many as the target has or more, = all.
         embedding_scale, logit_scale, final_logit_softcapping: what the target does to the rows of its embedding and to
             the logits of its head (scaled first, then capped); the draft does the same. For Gemma4DSparkModel the
             embedding scale is implied. Written where they differ from the default.
@@ -204,7 +209,7 @@ def build_draft_config(
         "head_dim": head_dim,
         "intermediate_size": intermediate_size,
     }
-    for key, value in (sizes | {"sliding_window": sliding_window}).items():
+    for key, value in (sizes | {"sliding_window": sliding_window, "vocab_size": draft_vocab_size}).items():
         if value is not None:
             _check_at_least(f"draft.{key}", value, 1)
     if mask_token_id is None or not 0 <= mask_token_id < vocab:
@@ -241,6 +246,8 @@ def build_draft_config(
         fields["confidence_head_with_markov"] = confidence_head_with_markov
     if markov_rank:
         fields["markov_head_type"] = markov_head_type
+    if draft_vocab_size is not None and draft_vocab_size < vocab:
+        fields["draft_vocab_size"] = draft_vocab_size
     if logit_scale != 1:
         fields["logit_scale"] = logit_scale
     if final_logit_softcapping is not None:

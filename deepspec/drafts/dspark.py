@@ -29,6 +29,7 @@ from deepspec.drafts.confidence import build_confidence_head
 from deepspec.drafts.configuration import DraftSettings, architecture_of
 from deepspec.drafts.families import family_of
 from deepspec.drafts.heads import build_markov_head
+from deepspec.drafts.vocabulary import DraftVocabulary
 from deepspec.kernels.attention import ContextSpans
 from deepspec.kernels.losses import soft_cap
 from deepspec.text import some
@@ -55,7 +56,7 @@ class TargetWeights(Protocol):
     def final_norm(self) -> nn.Module: ...
 
 
-class DSparkModel(PreTrainedModel):
+class DSparkModel(DraftVocabulary, PreTrainedModel):
     """Parallel backbone, optional sequential and confidence heads, and the target's frozen embedding and head."""
 
     base_model_prefix = ""
@@ -73,7 +74,8 @@ class DSparkModel(PreTrainedModel):
         self.hidden_norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(self.layer_class(config, family) for _ in range(config.num_hidden_layers))
         self.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, settings.draft_vocab_size or config.vocab_size, bias=False)
+        self.make_vocabulary(config.vocab_size, settings.draft_vocab_size)
         self.markov_head = build_markov_head(config)
         self.confidence_head = build_confidence_head(config)
         self.rotary_emb = family.rotary(config)
@@ -128,12 +130,13 @@ class DSparkModel(PreTrainedModel):
         ):
             if lent not in names:
                 continue
-            if module.weight.shape != weight.shape:
+            expected = [self.config.vocab_size, self.config.hidden_size]
+            if list(weight.shape) != expected:
                 raise ValueError(
-                    f"the target's {name} has shape {list(weight.shape)}, the draft's config says "
-                    f"{list(module.weight.shape)}: build the draft's config from this target"
+                    f"the target's {name} has shape {list(weight.shape)}, the draft's config says {expected}: build "
+                    "the draft's config from this target"
                 )
-            module.weight.copy_(weight)
+            module.weight.copy_(self.rows_of(weight) if module is self.lm_head else weight)
 
     @torch.no_grad()
     def start_from_target(self, target: TargetWeights) -> None:
@@ -242,7 +245,7 @@ class DSparkModel(PreTrainedModel):
     def base_logits(self, hidden: Tensor) -> Tensor:
         """U_k through the frozen head, scaled and capped as the target's logits, in float32.
 
-        [..., hidden] -> [..., vocab]
+        [..., hidden] -> [..., vocab of the draft]
         """
         logits = self.lm_head(hidden).float()
         if self.settings.logit_scale != 1:
@@ -332,8 +335,13 @@ def _difference(mine: nn.Module, theirs: nn.Module) -> str:
     return f"has {some(wrong)} of" if wrong else ""
 
 
-def build_draft(config: PreTrainedConfig, target: TargetWeights | None = None, *, seed: int = 0) -> DSparkModel:
+def build_draft(
+    config: PreTrainedConfig, target: TargetWeights | None = None, *, seed: int = 0, kept_tokens: Tensor | None = None
+) -> DSparkModel:
     """A fresh draft in float32 with seeded weights and, given a target, its embedding and head.
+
+    Args:
+        kept_tokens: what it can propose, see `DraftVocabulary.keep_tokens`; for a draft that cannot propose all.
 
     Raises:
         ConfigError: no draft for this family.
@@ -343,6 +351,8 @@ def build_draft(config: PreTrainedConfig, target: TargetWeights | None = None, *
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         draft = draft_class(config)(config)
+    if kept_tokens is not None:
+        draft.keep_tokens(kept_tokens)
     if target is not None:
         draft.tie_to_target(target)
     return draft
