@@ -54,6 +54,9 @@ class DraftConfig:
     confidence_head_with_markov: bool = True  # the confidence head also reads the previous token's Markov embedding
     start_from_target: bool = False  # begin as the target's last layers and final norm; they must be like the draft's
     sliding_window: int | None = None  # a block sees only this many context tokens; null = all
+    vocab_size: int | None = (
+        None  # it proposes only this many tokens, those that the training data uses most; null = all
+    )
 
 
 @dataclass
@@ -237,6 +240,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "draft.ttt_length": (1, 64),
     "draft.markov_rank": (0, None),
     "draft.sliding_window": (1, None),
+    "draft.vocab_size": (1, None),
     "data.eval_samples": (1, None),
     "data.max_length": (2, None),
     "data.min_supervised_tokens": (0, None),

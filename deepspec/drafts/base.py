@@ -13,6 +13,7 @@ from deepspec.drafts.confidence import ConfidenceHead
 from deepspec.drafts.configuration import DraftSettings
 from deepspec.drafts.families import family_of
 from deepspec.drafts.heads import MarkovHead
+from deepspec.drafts.vocabulary import DraftVocabulary
 from deepspec.kernels.losses import soft_cap
 
 LENT = ("embed_tokens.weight", "lm_head.weight")  # the target's, frozen
@@ -37,7 +38,7 @@ class TargetWeights(Protocol):
     def final_norm(self) -> nn.Module: ...
 
 
-class DraftModel(PreTrainedModel):
+class DraftModel(DraftVocabulary, PreTrainedModel):
     """Base of the drafts: `fc` joins the captured states, `layers` and `norm` make the states that the head reads.
 
     A subclass names its `layer_class` and calls `_freeze_target_weights` and `post_init` at the end of its `__init__`.
@@ -57,7 +58,8 @@ class DraftModel(PreTrainedModel):
         self.fc = nn.Linear(captured * config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(self.layer_class(config, family) for _ in range(config.num_hidden_layers))
         self.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, self.settings.draft_vocab_size or config.vocab_size, bias=False)
+        self.make_vocabulary(config.vocab_size, self.settings.draft_vocab_size)
         self.markov_head: MarkovHead | None = None
         self.confidence_head: ConfidenceHead | None = None
         self.rotary_emb = family.rotary(config)
@@ -129,12 +131,13 @@ class DraftModel(PreTrainedModel):
         ):
             if lent not in names:
                 continue
-            if module.weight.shape != weight.shape:
+            expected = [self.config.vocab_size, self.config.hidden_size]
+            if list(weight.shape) != expected:
                 raise ValueError(
-                    f"the target's {name} has shape {list(weight.shape)}, the draft's config says "
-                    f"{list(module.weight.shape)}: build the draft's config from this target"
+                    f"the target's {name} has shape {list(weight.shape)}, the draft's config says {expected}: build "
+                    "the draft's config from this target"
                 )
-            module.weight.copy_(weight)
+            module.weight.copy_(self.rows_of(weight) if module is self.lm_head else weight)
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """torch.compile every layer in place; they share one compilation. Attention is a kernel of its own."""
@@ -149,7 +152,7 @@ class DraftModel(PreTrainedModel):
     def base_logits(self, hidden: Tensor) -> Tensor:
         """U_k through the frozen head, scaled and capped as the target's logits, in float32.
 
-        [..., hidden] -> [..., vocab]
+        [..., hidden] -> [..., vocab of the draft]
         """
         logits = self.lm_head(hidden).float()
         if self.settings.logit_scale != 1:

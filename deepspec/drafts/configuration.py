@@ -74,6 +74,7 @@ class DraftSettings:
     embedding_scale: float  # factor of the embedding's rows
     logit_scale: float  # factor of the head's logits and of the sequential head's bias
     logit_softcap: float | None  # c in c * tanh(logit / c), before the bias; None = off
+    draft_vocab_size: int | None  # tokens that it can propose, see `deepspec.drafts.vocabulary`; None = all
 
     @property
     def draft_length(self) -> int:
@@ -121,6 +122,7 @@ class DraftSettings:
 def _shared_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """Those that every draft has."""
     implied_scale = config.hidden_size**0.5 if family_of(config).scales_embedding else 1.0
+    proposable = getattr(config, "draft_vocab_size", None)
     return {
         "target_layer_ids": tuple(_field(config, "target_layer_ids")),
         "num_target_layers": _field(config, "num_target_layers", 0),
@@ -128,6 +130,7 @@ def _shared_settings(config: PreTrainedConfig) -> dict[str, Any]:
         "embedding_scale": getattr(config, "embedding_scale", implied_scale),
         "logit_scale": getattr(config, "logit_scale", 1.0),
         "logit_softcap": getattr(config, "final_logit_softcapping", None),
+        "draft_vocab_size": None if proposable == config.vocab_size else proposable,
     }
 
 
@@ -197,6 +200,7 @@ def build_draft_config(
     sliding_window: int | None = None,
     ttt_length: int = 7,
     step_loss_decay: float = 0.8,
+    draft_vocab_size: int | None = None,
     embedding_scale: float = 1.0,
     logit_scale: float = 1.0,
     final_logit_softcapping: float | None = None,
@@ -219,6 +223,7 @@ def build_draft_config(
             not causal, see `DraftSettings.of`.
         ttt_length, step_loss_decay: of Eagle3: the steps of its training, and the factor of the loss from one to the
             next.
+        draft_vocab_size: tokens that the draft can propose; None, or as many as the target has or more, = all.
         embedding_scale, logit_scale, final_logit_softcapping: what the target does to the rows of its embedding and to
             the logits of its head (scaled first, then capped); the draft does the same. For Gemma4DSparkModel the
             embedding scale is implied. Written where they differ from the default.
@@ -246,7 +251,7 @@ def build_draft_config(
         "head_dim": head_dim,
         "intermediate_size": intermediate_size,
     }
-    for key, value in (sizes | {"sliding_window": sliding_window}).items():
+    for key, value in (sizes | {"sliding_window": sliding_window, "vocab_size": draft_vocab_size}).items():
         if value is not None:
             _check_at_least(f"draft.{key}", value, 1)
     if algorithm != EAGLE3 and (mask_token_id is None or not 0 <= mask_token_id < vocab):
@@ -288,6 +293,8 @@ def build_draft_config(
         fields["confidence_head_with_markov"] = confidence_head_with_markov
     if markov_rank:
         fields["markov_head_type"] = markov_head_type
+    if draft_vocab_size is not None and draft_vocab_size < vocab:
+        fields["draft_vocab_size"] = draft_vocab_size
     if logit_scale != 1:
         fields["logit_scale"] = logit_scale
     if final_logit_softcapping is not None:

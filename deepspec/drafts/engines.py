@@ -28,7 +28,9 @@ def engine_limits(config: PreTrainedConfig) -> list[str]:
         if settings.logit_softcap is not None and settings.markov_rank:
             limits.append("vLLM caps the bias of the sequential head too, not the head's logits alone")
     if architecture == DFLASH:
-        return limits
+        return limits  # SGLang takes the target's whole head, and so need not know a vocabulary of the draft's own
+    if settings.draft_vocab_size is not None:
+        limits.append(f"SGLang has no vocabulary of the draft's own (draft_vocab_size={settings.draft_vocab_size})")
     if settings.markov_rank == 0:
         limits.append(
             "SGLang refuses a draft that samples from the anchor without a sequential head (markov_rank=0), and vLLM "

@@ -77,17 +77,23 @@ def read_draft(folder: Path, *, dtype: torch.dtype | None = None, lender: Target
     lacking = _check_tensors(folder, config)
     if (folder / SEPARATE_MASK).is_file():
         raise ValueError(f"{folder / SEPARATE_MASK}: DeepSpec has no draft with an embedding beside the target's")
-    load = partial(draft_class(config).from_pretrained, config=config, dtype=dtype or "auto")
-    if not lacking:
-        return load(folder).eval()
-    if lender is None:
+    if lacking and lender is None:
         raise ValueError(
             f"{folder}: {some(list(lacking))} not in its files, being the target's: load it with the target, "
             "load_draft(..., target=...)"
         )
-    weights = {name: weight for file in weight_files(folder) for name, weight in load_file(file).items()}
-    draft = load(None, state_dict=weights | {name: torch.zeros(shape) for name, shape in lacking.items()})
-    draft.tie_to_target(lender, lacking)
+    load = partial(draft_class(config).from_pretrained, config=config, dtype=dtype or "auto")
+    if lacking:
+        weights = {name: weight for file in weight_files(folder) for name, weight in load_file(file).items()}
+        draft = load(None, state_dict=weights | {name: torch.zeros(shape) for name, shape in lacking.items()})
+    else:
+        draft = load(folder)
+    try:
+        draft.check_vocabulary()
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if lender is not None:
+        draft.tie_to_target(lender, lacking)
     return draft.eval()
 
 

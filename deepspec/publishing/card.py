@@ -198,6 +198,7 @@ def _architecture(source: DraftSource, settings: DraftSettings) -> str:
         ("Context window", f"{settings.context_window} tokens" if settings.context_window else "whole context"),
         ("Mask token id", str(settings.mask_token_id)),
         ("Hidden size, vocabulary", f"{config.hidden_size}, {config.vocab_size}"),
+        ("Tokens it can propose", f"{settings.draft_vocab_size or 'all'}"),
         ("Heads, key/value heads", f"{config.num_attention_heads}, {config.num_key_value_heads}"),
     ]
     note = (

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from deepspec.config import ConfigError, DraftConfig
-from deepspec.drafts import DraftModel, DraftSettings
+from deepspec.drafts import DraftModel, DraftSettings, build_draft
 from deepspec.drafts.base import TargetWeights
 from deepspec.drafts.configuration import ARCHITECTURES
 from deepspec.drafts.eagle3_configuration import QWEN3_EAGLE3, is_eagle3
@@ -35,6 +35,7 @@ def filled_in(draft: DraftConfig, start_from: str | None) -> DraftConfig:
     earlier: dict[str, object] = {
         "target_layer_ids": list(settings.target_layer_ids),
         "mask_token_id": settings.mask_token_id,
+        "vocab_size": settings.draft_vocab_size,
     }
     if config.model_type == "qwen3":  # the only one whose sizes can be set
         earlier |= _sizes(config)
@@ -83,6 +84,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, object]:
         "draft.confidence_head": settings.confidence_head,
         "draft.confidence_head_with_markov": settings.confidence_head_with_markov,
         "draft.sliding_window": settings.context_window,
+        "draft.vocab_size": settings.draft_vocab_size,
     }
     return read
 
@@ -94,16 +96,15 @@ def _shown(value: object) -> str:
 
 
 @torch.no_grad()
-def copy_weights(draft: DraftModel, start_from: str, target: TargetWeights) -> None:
-    """Give a fresh draft the trained weights of an earlier one; its embedding and head stay those of its own target.
-
-    Args:
-        target: the fresh draft's.
+def started_from(start_from: str, config: PreTrainedConfig, target: TargetWeights, seed: int) -> DraftModel:
+    """A draft of this config with the trained weights and the vocabulary of an earlier one, and the embedding and head
+    of its own target.
 
     Raises:
         ConfigError: the weights have other names or shapes: the earlier draft was made for another kind of target.
     """
     earlier = read_draft(find_draft_folder(start_from, key=KEY), dtype=torch.float32, lender=target)
+    draft = build_draft(config, target, seed=seed, kept_tokens=earlier.kept_tokens)
     ours, theirs = dict(draft.trainable_parameters()), dict(earlier.trainable_parameters())
     shapes = [{name: list(weight.shape) for name, weight in weights.items()} for weights in (ours, theirs)]
     if shapes[0] != shapes[1]:
@@ -115,6 +116,7 @@ def copy_weights(draft: DraftModel, start_from: str, target: TargetWeights) -> N
     for name, weight in ours.items():
         weight.copy_(theirs[name])
     _note_other_target(draft.config, earlier.config, start_from)
+    return draft
 
 
 def _note_other_target(ours: PreTrainedConfig, theirs: PreTrainedConfig, start_from: str) -> None:
