@@ -153,7 +153,7 @@ def measure(way: str, options: TrainingOptions) -> dict[str, float]:
     shape = SHAPES[options.model]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target, module = build(shape, device)
-    block_size = module.draft.block_size
+    block_size = module.draft.draft_length
     features = (PaddedFeatures if way == PLAIN else OnlineFeatures)(target, shape.layer_ids)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
@@ -196,7 +196,7 @@ def train_step(
 ) -> float:
     """As `Trainer` steps, without accelerate."""
     device = next(module.parameters()).device
-    weight_sum = sum(batch.weight_sum for batch in batches)
+    divisor = sum(batch.divisor for batch in batches)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     loss = torch.zeros((), device=device)
     for batch in batches:
@@ -210,8 +210,8 @@ def train_step(
                 with_metrics=False,
             )
         with meter.part("backward"):
-            (sums["loss"] / weight_sum).backward()
-        loss += sums["loss"].detach() / weight_sum
+            (sums["loss"] / divisor).backward()
+        loss += sums["loss"].detach() / divisor
     with meter.part("optimizer"):
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()

@@ -40,14 +40,18 @@ def change_tensors(folder: Path, **changes: Tensor | None) -> Path:
 
 
 def write_draft(kind: str, folder: Path) -> Path:
-    """A draft in our layout: NAME of `ckpt_NAME`, or fill_in, eagle3, windowed, pruned, pruned_fill_in."""
-    if kind == "eagle3":
-        return _write_eagle3(folder)
+    """A draft in our layout: NAME of `ckpt_NAME` (eagle3 in bfloat16), fill_in, windowed, pruned or pruned_fill_in."""
     base = {"fill_in": "dflash", "pruned_fill_in": "dflash", "pruned": "dspark_vanilla", "windowed": "dspark_rnn"}
     name = base.get(kind, kind)
     shutil.copytree(GOLDENS / f"ckpt_{name}", folder)
-    algorithm = "dflash" if name == "dflash" else "dspark"
-    change_config(folder, **METADATA, draft_algorithm=algorithm, sample_from_anchor=True)
+    algorithm = {"dflash": "dflash", "eagle3": "eagle3"}.get(name, "dspark")
+    change_config(folder, **METADATA, draft_algorithm=algorithm)
+    if kind == "eagle3":
+        tensors = load_file(folder / "model.safetensors")
+        halves = {tensor: weight.bfloat16() for tensor, weight in tensors.items()}
+        save_file(halves, folder / "model.safetensors", {"format": "pt"})
+        return change_config(folder, dtype="bfloat16")
+    change_config(folder, sample_from_anchor=True)
     if kind.endswith("fill_in"):
         nested = {"mask_token_id": 511, "target_layer_ids": [1, 3, 4], "causal": False}
         architecture = ["DFlashDraftModel"]
@@ -70,39 +74,6 @@ def _prune(folder: Path) -> None:
     pruned = {name: tensors[name][words].clone() for name in rows if name in tensors}
     save_file(tensors | pruned | mapping, folder / "model.safetensors", {"format": "pt"})
     change_config(folder, draft_vocab_size=len(words))
-
-
-def _write_eagle3(folder: Path) -> Path:
-    folder.mkdir(parents=True)
-    shapes = {
-        "embed_tokens.weight": (512, 64),
-        "lm_head.weight": (512, 64),
-        "fc.weight": (64, 5 * 64),
-        "norm.weight": (64,),
-        "layers.0.hidden_norm.weight": (64,),
-        "layers.0.input_layernorm.weight": (64,),
-        "layers.0.post_attention_layernorm.weight": (64,),
-        "layers.0.self_attn.q_proj.weight": (64, 128),
-        "layers.0.self_attn.k_proj.weight": (32, 128),
-        "layers.0.self_attn.v_proj.weight": (32, 128),
-        "layers.0.self_attn.o_proj.weight": (64, 64),
-        "layers.0.self_attn.q_norm.weight": (16,),
-        "layers.0.self_attn.k_norm.weight": (16,),
-        "layers.0.mlp.gate_proj.weight": (128, 64),
-        "layers.0.mlp.up_proj.weight": (128, 64),
-        "layers.0.mlp.down_proj.weight": (64, 128),
-    }
-    generator = torch.Generator().manual_seed(3)
-    tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    fields = read_config(GOLDENS / "ckpt_dflash") | METADATA
-    for name in ("block_size", "mask_token_id", "num_anchors", "markov_rank", "enable_confidence_head"):
-        del fields[name]
-    fields |= {"architectures": ["Qwen3Eagle3Model"], "draft_algorithm": "eagle3", "ttt_length": 7}
-    fields |= {"num_hidden_layers": 1, "layer_types": ["full_attention"], "target_layer_ids": [0, 1, 2, 3, 4]}
-    fields |= {"draft_num_hidden_layers": 1, "step_loss_decay": 0.8, "dtype": "bfloat16"}
-    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
-    return folder
 
 
 def write_zlab(folder: Path) -> Path:

@@ -23,6 +23,7 @@ from deepspec.drafts import DSparkModel
 from deepspec.publishing.__main__ import main
 
 Check = Callable[..., tuple[int, str]]
+DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def with_layers(folder: Path, remove: tuple[str, ...] = (), **changes: Any) -> P
         ("windowed", "sglang", (("is_causal",), {}), "sglang", "sliding layers are causal"),
         ("dspark_vanilla", "speculators", ((), {"speculators_config": {"verifier": {}}}), "speculators", "no verifier"),
         ("dspark_vanilla", "sglang", ((), {"block_size": 5}), "sglang", "has 7 temperatures, the draft proposes 5"),
-        ("dspark_vanilla", "deepspec", ((), {"rope_parameters": {"rope_type": "dynamic"}}), "vllm", "type dynamic"),
+        ("dspark_vanilla", "deepspec", ((), {"rope_parameters": DYNAMIC_ROPE}), "vllm", "type dynamic"),
     ],
 )
 def test_traps_of_fields(
@@ -146,7 +147,8 @@ def test_what_vllm_would_guess_from_the_path(path: str, kind: str, expected: str
         (lambda folder: change_tensors(folder, fc__weight=torch.zeros(64, 64)), "fc.weight is [64, 64]"),
         (lambda folder: change_tensors(folder, norm__weight=None), "tensors missing"),
         (lambda folder: change_config(folder, hidden_size="wide"), "config.json: a field is missing or wrong"),
-        (lambda folder: change_config(folder, target_layer_ids=None), "config.json: a field is missing or wrong"),
+        (lambda folder: change_config(folder, target_layer_ids=None), "target_layer_ids missing"),
+        (lambda folder: change_config(folder, model_type="bert"), "model_type=bert: a draft's is one of"),
     ],
 )
 def test_damaged_folders(break_it: Callable[[Path], Any], expected: str, tmp_path: Path, check: Check) -> None:
@@ -185,7 +187,7 @@ def test_pickles_beside_safetensors_are_only_mentioned(tmp_path: Path, check: Ch
     status, printed = check(folder, "vllm")
     assert status == 0
     assert "care  mask_embedding.pt may run code" in printed
-    assert "take the place of the mask token's row" in printed
+    assert "takes the place of the mask token's row" in printed
 
 
 def test_other_peoples_drafts(tmp_path: Path, check: Check) -> None:

@@ -7,72 +7,71 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-GEMMA4, LLAMA = "Gemma4DSparkModel", "LlamaDSparkModel"
-FILL_IN = "DFlashDraftModel"
-EAGLE3 = ("Qwen3Eagle3Model", "Eagle3DraftModel")
+from deepspec.config import ConfigError
+from deepspec.drafts.configuration import (
+    ARCHITECTURES,
+    DFLASH,
+    GEMMA4,
+    DraftSettings,
+    architecture_of,
+    uniform_layers,
+)
+from deepspec.drafts.eagle3_configuration import EAGLE3
+from deepspec.drafts.families import FAMILIES
+
+LLAMA = ARCHITECTURES["llama"]
 
 
 @dataclass(frozen=True)
-class DraftKind:
-    """What decides which engine can use a draft, from its config.json as a dictionary."""
+class DraftKind(DraftSettings):
+    """What decides which engine can use a draft."""
 
     architecture: str
-    algorithm: str  # dspark, dflash, eagle3
-    sample_from_anchor: bool  # False: the first slot of a block predicts nothing
-    draft_length: int  # tokens proposed a round
-    target_layer_ids: tuple[int, ...]
-    markov_rank: int
-    markov_head_type: str
-    confidence_head: bool
-    confidence_with_markov: bool
     vocab_size: int  # of the target
-    draft_vocab_size: int
-    context_window: int | None
-    embedding_scale: float
-    logit_scale: float
-    logit_softcap: float | None
     shares_keys_and_values: bool  # Gemma 4's attention_k_eq_v
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> DraftKind:
-        """Read the config of a draft in DeepSpec's own layout. Raises KeyError where a field is missing."""
-        architecture = (config.get("architectures") or [""])[0]
-        rank = config.get("markov_rank") or 0
-        confidence = bool(config.get("enable_confidence_head"))
-        guess = "eagle3" if architecture in EAGLE3 else "dspark" if rank or confidence else "dflash"
-        algorithm = config.get("draft_algorithm") or guess
-        from_anchor = bool(config.get("sample_from_anchor", architecture != FILL_IN))
-        slots = config["ttt_length"] if algorithm == "eagle3" else config["block_size"]
-        is_sliding = "sliding_attention" in (config.get("layer_types") or ())
+    def of(cls, config: PreTrainedConfig) -> DraftKind:
+        """Raises ConfigError: see `DraftSettings.of`."""
         return cls(
-            architecture=architecture,
-            algorithm=algorithm,
-            sample_from_anchor=from_anchor,
-            draft_length=slots if from_anchor else slots - 1,
-            target_layer_ids=tuple(config["target_layer_ids"]),
-            markov_rank=rank,
-            markov_head_type=config.get("markov_head_type") or "vanilla",
-            confidence_head=confidence,
-            confidence_with_markov=bool(rank and confidence and config.get("confidence_head_with_markov")),
-            vocab_size=config["vocab_size"],
-            draft_vocab_size=config.get("draft_vocab_size") or config["vocab_size"],
-            context_window=config.get("sliding_window") if is_sliding else None,
-            embedding_scale=config.get("embedding_scale") or 1.0,
-            logit_scale=config.get("logit_scale") or 1.0,
-            logit_softcap=config.get("final_logit_softcapping"),
-            shares_keys_and_values=bool(config.get("attention_k_eq_v")),
+            **vars(DraftSettings.of(config)),
+            architecture=architecture_of(config),
+            vocab_size=config.vocab_size,
+            shares_keys_and_values=bool(getattr(config, "attention_k_eq_v", False)),
         )
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> DraftKind:
+        """Of a config.json in DeepSpec's own layout.
+
+        Raises:
+            ConfigError: it is not the config of a draft, or of one that DeepSpec does not have.
+        """
+        family = FAMILIES.get(str(fields.get("model_type")))
+        if family is None:
+            raise ConfigError(f"model_type={fields.get('model_type')}: a draft's is one of {', '.join(FAMILIES)}")
+        try:
+            config = uniform_layers(family.config_class.from_dict(dict(fields)))
+            return cls.of(config)
+        except (StrictDataclassError, TypeError, AttributeError, KeyError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise ConfigError(f"a field is missing or wrong ({type(error).__name__}: {reason})") from error
 
     @property
     def is_fill_in(self) -> bool:
         """A DFlash as engines have it: the first slot predicts nothing."""
-        return self.algorithm == "dflash" and not self.sample_from_anchor
+        return self.architecture == DFLASH
 
     @property
     def is_pruned(self) -> bool:
-        return self.draft_vocab_size != self.vocab_size
+        return self.draft_vocab_size is not None
+
+    @property
+    def head_rows(self) -> int:
+        return self.draft_vocab_size or self.vocab_size
 
 
 def vllm_limits(kind: DraftKind) -> list[str]:
@@ -98,7 +97,7 @@ def vllm_limits(kind: DraftKind) -> list[str]:
 
 def sglang_limits(kind: DraftKind) -> list[str]:
     """What SGLang cannot do, a clause each."""
-    if kind.algorithm == "eagle3":
+    if kind.algorithm == EAGLE3:
         return ["has Eagle3 with Llama layers only, and would leave out the norms over queries and keys without a word"]
     if kind.architecture == GEMMA4:
         return [f"has no {GEMMA4}"]
@@ -163,7 +162,7 @@ def limits_of(engine: str, kind: DraftKind) -> list[str]:
 
 def engine_limits(config: PreTrainedConfig) -> list[str]:
     """What the two engines that people serve with cannot do with such a draft, a line each; empty if both do all."""
-    kind = DraftKind.of(config.to_dict())
+    kind = DraftKind.of(config)
     by_limit: dict[str, list[str]] = {}
     for engine in ("vllm", "sglang"):
         for limit in limits_of(engine, kind):

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from deepspec.decoding.calibration import CALIBRATION_FILE
-from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings
+from deepspec.drafts.configuration import DraftSettings, architecture_of
 from deepspec.evaluation.markdown import markdown_table
 from deepspec.evaluation.statistics import Estimate
 from deepspec.evaluation.summary import show_estimate, show_number
@@ -106,7 +106,7 @@ def _introduction(source: DraftSource, settings: DraftSettings, repo_id: str) ->
     return (
         f"# {repo_id.split('/')[-1]}\n\n"
         f"A {title} draft model for speculative decoding with {target_title(target)}. It proposes up to "
-        f"{settings.block_size} tokens a round, and the target verifies them in one forward pass; the text has the "
+        f"{settings.draft_length} tokens a round, and the target verifies them in one forward pass; the text has the "
         "target's own distribution. It is of no use without that target.\n\n" + markdown_table(("", ""), facts)
     )
 
@@ -149,15 +149,17 @@ def _architecture(source: DraftSource, settings: DraftSettings) -> str:
     with_markov = " (reads the Markov embedding too)" if settings.confidence_head_with_markov else ""
     markov = f"{settings.markov_head_type}, rank {settings.markov_rank}" if settings.markov_rank else "none"
     facts = [
-        ("Class", f"`{ARCHITECTURES[config.model_type]}`"),
+        ("Class", f"`{architecture_of(config)}`"),
         ("Draft layers", str(config.num_hidden_layers)),
         ("Block size", str(settings.block_size)),
+        ("Tokens drafted a round", str(settings.draft_length)),
         ("Captured target layers", f"{list(settings.target_layer_ids)} of {settings.num_target_layers} (0-based)"),
         ("Markov head", markov),
         ("Confidence head", f"yes{with_markov}" if settings.confidence_head else "none"),
         ("Context window", f"{settings.context_window} tokens" if settings.context_window else "whole context"),
         ("Mask token id", str(settings.mask_token_id)),
         ("Hidden size, vocabulary", f"{config.hidden_size}, {config.vocab_size}"),
+        ("Tokens it can propose", f"{settings.draft_vocab_size or 'all'}"),
         ("Heads, key/value heads", f"{config.num_attention_heads}, {config.num_key_value_heads}"),
     ]
     note = (

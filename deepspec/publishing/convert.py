@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from deepspec.config import ConfigError
 from deepspec.decoding.sps import SPS_FILE
 from deepspec.drafts.engines import DraftKind
-from deepspec.drafts.loading import find_draft_folder
+from deepspec.drafts.loading import SEPARATE_MASK, find_draft_folder
 from deepspec.publishing.errors import DamagedDraftError, PublishError
 from deepspec.publishing.formats import FORMATS, DraftFolder, Format, Verifier, find_format, format_named
 from deepspec.publishing.formats.base import EMBEDDING_AND_HEAD, Config
@@ -64,11 +65,8 @@ class OpenedDraft:
     folder: DraftFolder
     format: Format
     config: Config
+    kind: DraftKind
     tensors: dict[str, AnyTensor]  # our names
-
-    @property
-    def kind(self) -> DraftKind:
-        return DraftKind.of(self.config)
 
 
 def export_draft(options: ExportOptions) -> Path:
@@ -111,14 +109,22 @@ def open_draft(path: Path) -> OpenedDraft:
     its_format = find_format(folder)
     try:
         config = its_format.from_config(folder.config)
-        expected = expected_shapes(config)
+        kind = _kind_of(config)
+        expected = expected_shapes(config, kind)
         ours = {theirs: name for name, theirs in its_format.renamed.items()}
         tensors = {ours.get(name, name): tensor for name, tensor in folder.tensors.items()}
         if problems := tensor_problems(tensors, expected, its_format.optional):
             raise DamagedDraftError("; ".join(problems))
     except PublishError as error:
         raise type(error)(f"{path} ({its_format.name} format): {error}") from error
-    return OpenedDraft(folder, its_format, config, tensors)
+    return OpenedDraft(folder, its_format, config, kind, tensors)
+
+
+def _kind_of(config: Config) -> DraftKind:
+    try:
+        return DraftKind.of_fields(config)
+    except ConfigError as error:
+        raise DamagedDraftError(f"config.json: {error}") from error
 
 
 def write_draft(
@@ -132,6 +138,10 @@ def write_draft(
     Raises:
         PublishError: the format cannot hold it, or something that it needs is missing.
     """
+    if (draft.folder.path / SEPARATE_MASK).is_file():
+        raise PublishError(
+            f"{draft.folder.path / SEPARATE_MASK}: DeepSpec has no draft with an embedding beside the target's"
+        )
     if limits := chosen.limits(draft.kind):
         raise PublishError(f"format={chosen.name} {'; and it '.join(limits)}")
     config, tensors = draft.config, dict(draft.tensors)
@@ -171,7 +181,7 @@ def _from_target(
             f"{recorded} with {str(fingerprint)[:12]}"
         )
     weights = {EMBEDDING: head.embedding_weight, HEAD: head.head_weight}
-    expected = expected_shapes(config)
+    expected = expected_shapes(config, draft.kind)
     for name in missing:
         if tuple(weights[name].shape) != expected[name]:
             raise PublishError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from deepspec.drafts.engines import GEMMA4, LLAMA, DraftKind
+from deepspec.drafts.configuration import GEMMA4
+from deepspec.drafts.engines import LLAMA, DraftKind
 from deepspec.publishing.errors import DamagedDraftError
 from deepspec.publishing.weights import AnyTensor
 from deepspec.text import some
@@ -16,27 +17,29 @@ DRAFT_TO_TARGET, TARGET_TO_DRAFT = "d2t", "t2d"
 CODES = {DRAFT_TO_TARGET: "I64", TARGET_TO_DRAFT: "BOOL"}
 
 
-def expected_shapes(config: Mapping[str, Any]) -> Shapes:
+def expected_shapes(config: Mapping[str, Any], kind: DraftKind) -> Shapes:
     """Names and shapes of the tensors that a draft of this config has, embedding and head among them.
+
+    Args:
+        kind: of the same config.
 
     Raises:
         DamagedDraftError: a field is missing or of a wrong type.
     """
     try:
-        return dict(_shapes(config))
+        return dict(_shapes(config, kind))
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedDraftError(
             f"config.json: a field is missing or wrong ({type(error).__name__}: {error})"
         ) from error
 
 
-def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    kind = DraftKind.of(config)
+def _shapes(config: Mapping[str, Any], kind: DraftKind) -> Iterator[tuple[str, tuple[int, ...]]]:
     hidden, features = config["hidden_size"], len(kind.target_layer_ids)
     yield EMBEDDING, (kind.vocab_size, hidden)
-    yield HEAD, (kind.draft_vocab_size, hidden)
+    yield HEAD, (kind.head_rows, hidden)
     if kind.is_pruned:
-        yield DRAFT_TO_TARGET, (kind.draft_vocab_size,)
+        yield DRAFT_TO_TARGET, (kind.head_rows,)
         yield TARGET_TO_DRAFT, (kind.vocab_size,)
     yield "fc.weight", (hidden, features * hidden)
     yield "norm.weight", (hidden,)
@@ -83,7 +86,7 @@ def _head_shapes(kind: DraftKind, hidden: int) -> Iterator[tuple[str, tuple[int,
     rank = kind.markov_rank
     if rank:
         yield "markov_head.markov_w1.weight", (kind.vocab_size, rank)
-        yield "markov_head.markov_w2.weight", (kind.draft_vocab_size, rank)
+        yield "markov_head.markov_w2.weight", (kind.head_rows, rank)
     if rank and kind.markov_head_type == "gated":
         yield "markov_head.gate_proj.weight", (rank, hidden + rank)
         yield "markov_head.gate_proj.bias", (rank,)
@@ -91,7 +94,7 @@ def _head_shapes(kind: DraftKind, hidden: int) -> Iterator[tuple[str, tuple[int,
         yield "markov_head.joint_proj.weight", (3 * rank, 2 * rank + hidden)
         yield "markov_head.joint_proj.bias", (3 * rank,)
     if kind.confidence_head:
-        yield "confidence_head.proj.weight", (1, hidden + (rank if kind.confidence_with_markov else 0))
+        yield "confidence_head.proj.weight", (1, hidden + (rank if kind.confidence_head_with_markov else 0))
         yield "confidence_head.proj.bias", (1,)
 
 

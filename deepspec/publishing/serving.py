@@ -52,7 +52,7 @@ def serving_section(
         has_calibration: whether a calibration lies beside the weights.
     """
     serving = Serving(
-        kind=DraftKind.of(config.to_dict()),
+        kind=DraftKind.of(config),
         format=its_format,
         draft=repo_id,
         target=_target_path(config),

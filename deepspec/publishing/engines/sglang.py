@@ -31,6 +31,8 @@ OTHER_DRAFTS = {
     "DFlashDraftModel": "DFLASH",
     "DFlash2DraftModel": "DFLASH",
     "LiLiCorrDraftModel": "DFLASH",
+    "Qwen3DSparkModel": "DSPARK",
+    "DSparkDraftModel": "DSPARK",
 }
 
 

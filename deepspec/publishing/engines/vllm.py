@@ -7,7 +7,9 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from deepspec.drafts.configuration import QWEN3
 from deepspec.drafts.engines import DraftKind
+from deepspec.drafts.loading import SEPARATE_MASK
 from deepspec.publishing.convert import OpenedDraft
 from deepspec.publishing.engines.base import (
     Engine,
@@ -34,6 +36,8 @@ OTHER_DRAFTS = {
     "DFlash2DraftModel": "dflash",
     "LiLiCorrDraftModel": "dflash",
     "Qwen3XPressModel": "dspark",
+    "Qwen3DSparkModel": "dspark",
+    "Gemma4DSparkModel": "dspark",
 }
 SPECULATORS_TYPES = {
     "eagle3": "eagle3",
@@ -64,6 +68,8 @@ class VLLM(Engine):
 
     def traps(self, draft: OpenedDraft) -> Iterator[Finding]:
         folder, kind = draft.folder, draft.kind
+        if kind.is_fill_in and QWEN3 in folder.architectures:
+            yield fails(f"takes {QWEN3} for a DSpark draft; write architectures [DFlashDraftModel] into config.json")
         yield from check_method(folder, kind.algorithm)
         if kind.algorithm == "dspark":
             yield fine(f"num_speculative_tokens may be left out: block_size = {kind.draft_length}")
@@ -201,5 +207,5 @@ def check_pruned(folder: DraftFolder) -> Iterator[Finding]:
 
 
 def check_mask_embedding(folder: DraftFolder) -> Iterator[Finding]:
-    if (folder.path / "mask_embedding.pt").is_file():
-        yield care("mask_embedding.pt lies there: it would take the place of the mask token's row; DeepSpec ignores it")
+    if (folder.path / SEPARATE_MASK).is_file():
+        yield care(f"{SEPARATE_MASK} lies there and takes the place of the mask token's row")

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Qwen3Config
 
-from deepspec.drafts.engines import FILL_IN, GEMMA4, LLAMA, DraftKind
+from deepspec.drafts.configuration import DFLASH, FULL, GEMMA4, SLIDING
+from deepspec.drafts.engines import LLAMA, DraftKind
 from deepspec.publishing.errors import PublishError
 from deepspec.publishing.layout import EMBEDDING, HEAD
 from deepspec.publishing.tables import OUR_TABLES, Tables
@@ -23,7 +24,6 @@ from deepspec.publishing.weights import AnyTensor
 
 Config = dict[str, Any]
 EMBEDDING_AND_HEAD = frozenset({EMBEDDING, HEAD})
-FULL, SLIDING = "full_attention", "sliding_attention"
 # Of no meaning outside the folder that they were written in.
 NOT_KEPT = ("architectures", "auto_map", "transformers_version", "model_type", "_name_or_path")
 # What DeepSpec knows in a `dflash_config`; anything else changes what the draft computes.
@@ -143,7 +143,7 @@ def as_fill_in(config: Config) -> Config:
     """The fields by which every reader knows a DFlash whose first slot predicts nothing."""
     nested = {name: config[name] for name in ("mask_token_id", "target_layer_ids")}
     return config | {
-        "architectures": [FILL_IN],
+        "architectures": [DFLASH],
         "sample_from_anchor": False,
         "draft_algorithm": "dflash",
         "dflash_config": nested | {"causal": False},

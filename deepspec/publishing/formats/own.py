@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from deepspec.drafts.engines import EAGLE3, FILL_IN, GEMMA4, LLAMA, DraftKind
-from deepspec.publishing.formats.base import Config, DraftFolder, Format, Verifier
-
-QWEN3 = "Qwen3DSparkModel"
+from deepspec.drafts.configuration import DFLASH, GEMMA4, NESTED, QWEN3, REQUIRED
+from deepspec.drafts.eagle3_configuration import EAGLE3_ARCHITECTURES, QWEN3_EAGLE3
+from deepspec.drafts.engines import LLAMA, DraftKind
+from deepspec.publishing.formats.base import Config, DraftFolder, Format, Verifier, refuse_causal
 
 
 class DeepSpecFormat(Format):
@@ -15,7 +15,7 @@ class DeepSpecFormat(Format):
     description = "our own: DSpark, DFlash and Eagle3 as training writes them"
 
     def recognises(self, folder: DraftFolder) -> bool:
-        return bool({QWEN3, GEMMA4, LLAMA, FILL_IN, *EAGLE3} & set(folder.architectures))
+        return bool({QWEN3, GEMMA4, LLAMA, DFLASH, *EAGLE3_ARCHITECTURES} & set(folder.architectures))
 
     def limits(self, kind: DraftKind) -> list[str]:
         return []
@@ -24,4 +24,9 @@ class DeepSpecFormat(Format):
         return config
 
     def from_config(self, config: Config) -> Config:
-        return config | {"architectures": [EAGLE3[0] if name in EAGLE3 else name for name in config["architectures"]]}
+        names = config.get("architectures") or []
+        if set(EAGLE3_ARCHITECTURES) & set(names):
+            return config | {"architectures": [QWEN3_EAGLE3]}
+        nested = config.get(NESTED) or {}
+        refuse_causal(config, is_causal=config.get("is_causal", nested.get("causal")))
+        return {name: nested[name] for name in REQUIRED if name in nested} | config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from deepspec.drafts.configuration import QWEN3
 from deepspec.drafts.engines import DraftKind, sglang_limits
 from deepspec.publishing.errors import PublishError
 from deepspec.publishing.formats.base import (
@@ -14,9 +15,10 @@ from deepspec.publishing.formats.base import (
     refuse_causal,
     with_window,
 )
-from deepspec.publishing.formats.own import QWEN3
+from deepspec.publishing.formats.own import DeepSpecFormat
 from deepspec.publishing.tables import SGLANG_TABLES
 
+OWN = DeepSpecFormat()
 NESTED = ("dflash_config", "dspark_config")
 SAME_AS_QWEN3 = ("DSparkDraftModel", "LingDSparkModel")
 
@@ -41,13 +43,13 @@ class SGLangFormat(Format):
         return [f"is for SGLang, which {limit}" for limit in sglang_limits(kind)]
 
     def to_config(self, config: Config, verifier: Verifier | None) -> Config:
-        kind = DraftKind.of(config)
+        kind = DraftKind.of_fields(config)
         fields = config | {"sample_from_anchor": kind.sample_from_anchor}
         return fields | {"markov_head_type": kind.markov_head_type} if kind.markov_rank else fields
 
     def from_config(self, config: Config) -> Config:
         if not set(SAME_AS_QWEN3) & set(config.get("architectures") or []) and "block_size" in config:
-            return config
+            return OWN.from_config(config)
         fields = complete(raise_nested(config, *NESTED), "config.json")
         if missing := [key for key in ("block_size", "mask_token_id", "target_layer_ids") if fields.get(key) is None]:
             raise PublishError(f"config.json and {', '.join(NESTED)}: {', '.join(missing)} missing")

@@ -7,7 +7,9 @@ from typing import Any
 
 from transformers import LlamaConfig, Qwen3Config
 
-from deepspec.drafts.engines import EAGLE3, DraftKind, speculators_limits
+from deepspec.drafts.configuration import QWEN3
+from deepspec.drafts.eagle3_configuration import QWEN3_EAGLE3
+from deepspec.drafts.engines import DraftKind, speculators_limits
 from deepspec.publishing.errors import PublishError
 from deepspec.publishing.formats.base import (
     NOT_KEPT,
@@ -22,7 +24,6 @@ from deepspec.publishing.formats.base import (
     refuse_causal,
     with_window,
 )
-from deepspec.publishing.formats.own import QWEN3
 
 VERSION = "0.9.0"
 ARCHITECTURES = {"dspark": "DSparkSpeculator", "dflash": "DFlashSpeculator", "eagle3": "Eagle3Speculator"}
@@ -63,13 +64,13 @@ class SpeculatorsFormat(Format):
 
     def to_config(self, config: Config, verifier: Verifier | None) -> Config:
         assert verifier is not None, "names_verifier"
-        kind = DraftKind.of(config)
+        kind = DraftKind.of_fields(config)
         fields = {
             "architectures": [ARCHITECTURES[kind.algorithm]],
             "speculators_model_type": kind.algorithm,
             "speculators_version": VERSION,
             "transformer_layer_config": _layer_section(config),
-            "draft_vocab_size": kind.draft_vocab_size,
+            "draft_vocab_size": kind.head_rows,
             "target_hidden_size": None,
             "speculators_config": {
                 "algorithm": kind.algorithm,
@@ -130,7 +131,7 @@ def _block_fields(config: Config, kind: DraftKind) -> Config:
             "markov_rank": kind.markov_rank,
             "markov_head_type": kind.markov_head_type,
             "enable_confidence_head": kind.confidence_head,
-            "confidence_head_with_markov": kind.confidence_with_markov,
+            "confidence_head_with_markov": kind.confidence_head_with_markov,
         }
     return fields
 
@@ -188,7 +189,7 @@ def _our_eagle3(config: Config, section: Mapping[str, Any]) -> Config:
     if SLIDING in fields["layer_types"]:
         raise PublishError(f"layer_types={fields['layer_types']}: DeepSpec has no Eagle3 with a window")
     return fields | {
-        "architectures": [EAGLE3[0]],
+        "architectures": [QWEN3_EAGLE3],
         "target_layer_ids": [layer - 1 for layer in layers],
         "ttt_length": methods[0]["speculative_tokens"],
         "draft_num_hidden_layers": fields["num_hidden_layers"],

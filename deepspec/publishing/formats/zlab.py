@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from deepspec.drafts.engines import FILL_IN, DraftKind
+from deepspec.drafts.configuration import DFLASH
+from deepspec.drafts.engines import DraftKind
 from deepspec.publishing.errors import PublishError
 from deepspec.publishing.formats.base import (
     EMBEDDING_AND_HEAD,
@@ -29,7 +30,7 @@ class ZLabFormat(Format):
     stores_embedding = False
 
     def recognises(self, folder: DraftFolder) -> bool:
-        return FILL_IN in folder.architectures and EMBEDDING not in folder.tensors
+        return DFLASH in folder.architectures and EMBEDDING not in folder.tensors
 
     def limits(self, kind: DraftKind) -> list[str]:
         return fill_in_limits(kind)
