@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from publishing_world import (
+    KEPT_WORDS,
     TARGET,
     change_config,
     change_tensors,
@@ -158,6 +159,14 @@ def test_damaged_folders(break_it: Callable[[Path], Any], expected: str, tmp_pat
     assert status == 1
     assert expected in printed
     assert printed.endswith("would fail: vLLM, SGLang, Transformers, speculators\n")
+
+
+def test_a_vocabulary_that_names_tokens_instead_of_offsets(tmp_path: Path, check: Check) -> None:
+    folder = write_draft("pruned", tmp_path / "a")
+    assert check(folder, "vllm")[0] == 0
+    status, printed = check(change_tensors(folder, d2t=torch.tensor(KEPT_WORDS)), "vllm")
+    assert status == 1
+    assert "these are not offsets" in printed
 
 
 def test_folders_without_a_draft(tmp_path: Path, check: Check, capsys: pytest.CaptureFixture[str]) -> None:

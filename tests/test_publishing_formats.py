@@ -350,6 +350,13 @@ def test_a_mapping_of_another_number_format_is_refused(tmp_path: Path, refused: 
     assert "d2t is stored as I32, readers want I64" in message
 
 
+def test_a_mask_token_of_its_own_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
+    source = write_zlab(tmp_path / "a")
+    (source / "mask_embedding.pt").write_bytes(b"\x80")
+    message = refused("import", f"path={source}", f"output_dir={tmp_path / 'b'}", f"target={TARGET}")
+    assert "mask_embedding.pt: DeepSpec has no draft with an embedding beside" in message
+
+
 def test_truncated_files_are_found_from_their_header(tmp_path: Path, refused: Callable[..., str]) -> None:
     source = write_draft("dspark_vanilla", tmp_path / "a")
     whole = (source / "model.safetensors").read_bytes()

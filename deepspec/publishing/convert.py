@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +13,18 @@ from deepspec.config import ConfigError
 from deepspec.decoding.sps import SPS_FILE
 from deepspec.drafts.engines import DraftKind
 from deepspec.drafts.loading import SEPARATE_MASK, find_draft_folder
+from deepspec.drafts.vocabulary import DraftVocabulary
 from deepspec.publishing.errors import DamagedDraftError, PublishError
 from deepspec.publishing.formats import FORMATS, DraftFolder, Format, Verifier, find_format, format_named
 from deepspec.publishing.formats.base import EMBEDDING_AND_HEAD, Config
-from deepspec.publishing.layout import EMBEDDING, HEAD, expected_shapes, tensor_problems
+from deepspec.publishing.layout import (
+    DRAFT_TO_TARGET,
+    EMBEDDING,
+    HEAD,
+    TARGET_TO_DRAFT,
+    expected_shapes,
+    tensor_problems,
+)
 from deepspec.publishing.reading import read_folder
 from deepspec.publishing.tables import read_tables, write_tables
 from deepspec.publishing.weights import TORCH_DTYPES, AnyTensor, HeldTensor, write_tensors
@@ -115,6 +123,8 @@ def open_draft(path: Path) -> OpenedDraft:
         tensors = {ours.get(name, name): tensor for name, tensor in folder.tensors.items()}
         if problems := tensor_problems(tensors, expected, its_format.optional):
             raise DamagedDraftError("; ".join(problems))
+        if kind.is_pruned:
+            _check_vocabulary(kind, tensors)
     except PublishError as error:
         raise type(error)(f"{path} ({its_format.name} format): {error}") from error
     return OpenedDraft(folder, its_format, config, kind, tensors)
@@ -125,6 +135,18 @@ def _kind_of(config: Config) -> DraftKind:
         return DraftKind.of_fields(config)
     except ConfigError as error:
         raise DamagedDraftError(f"config.json: {error}") from error
+
+
+def _check_vocabulary(kind: DraftKind, tensors: Mapping[str, AnyTensor]) -> None:
+    """Raises DamagedDraftError where `d2t` and `t2d` do not say the same, or `d2t` holds ids instead of offsets."""
+    vocabulary = DraftVocabulary()
+    vocabulary.make_vocabulary(kind.vocab_size, kind.head_rows)
+    vocabulary.d2t.copy_(tensors[DRAFT_TO_TARGET].load())
+    vocabulary.t2d.copy_(tensors[TARGET_TO_DRAFT].load())
+    try:
+        vocabulary.check_vocabulary()
+    except ValueError as error:
+        raise DamagedDraftError(str(error)) from error
 
 
 def write_draft(

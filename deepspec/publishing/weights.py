@@ -53,6 +53,11 @@ class StoredTensor:
                 left -= len(chunk)
                 yield chunk
 
+    def load(self) -> Tensor:
+        """Into memory; for small ones, of a dtype in `TORCH_DTYPES`."""
+        content = bytearray(b"".join(self.chunks()))
+        return torch.frombuffer(content, dtype=TORCH_DTYPES[self.dtype]).reshape(self.shape)
+
 
 @dataclass(frozen=True)
 class HeldTensor:
@@ -76,6 +81,9 @@ class HeldTensor:
         flat = self.tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, len(flat), CHUNK_BYTES):
             yield flat[start : start + CHUNK_BYTES].numpy().tobytes()
+
+    def load(self) -> Tensor:
+        return self.tensor
 
 
 AnyTensor = StoredTensor | HeldTensor
