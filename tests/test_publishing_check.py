@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,19 @@ def test_a_vocabulary_that_names_tokens_instead_of_offsets(tmp_path: Path, check
     status, printed = check(change_tensors(folder, d2t=torch.tensor(KEPT_WORDS)), "vllm")
     assert status == 1
     assert "these are not offsets" in printed
+
+
+@pytest.mark.parametrize("write", [partial(write_draft, "fill_in"), write_speculators_dspark, write_llama_eagle3])
+def test_no_field_of_a_wrong_type_ends_in_a_traceback(
+    write: Callable[[Path], Path], tmp_path: Path, check: Check
+) -> None:
+    folder = write(tmp_path / "a")
+    fields = read_config(folder)
+    for name in fields:
+        for wrong in (None, "x", {"a": 1}, [1, "a"], -3):
+            change_config(folder, **{name: wrong})
+            assert check(folder)[0] in (0, 1)
+        change_config(folder, **{name: fields[name]})
 
 
 def test_folders_without_a_draft(tmp_path: Path, check: Check, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from deepspec.config import ConfigError, near_match
 from deepspec.publishing.convert import open_draft
 from deepspec.publishing.engines import ENGINES, Finding, Level
 from deepspec.publishing.engines.base import care, fails, fine
-from deepspec.publishing.errors import DamagedDraftError, PublishError
+from deepspec.publishing.errors import WRONG_FIELDS, DamagedDraftError, PublishError, wrong_field
 from deepspec.publishing.formats import DraftFolder, find_format
 from deepspec.publishing.reading import pickled_files, read_folder
 
@@ -76,12 +76,23 @@ def examine(path: Path, engines: Iterable[str]) -> Report:
         if _is_target(folder):
             return Report([*findings, fails(str(error))], {})
         findings.append(care(f"DeepSpec cannot import it: {error}"))
-        return Report(findings, {name: list(ENGINES[name].examine_unknown(folder)) for name in engines})
+        return Report(findings, {name: _gone_through(ENGINES[name].examine_unknown(folder)) for name in engines})
     kind = draft.kind
     findings.append(
         fine(f"a {kind.algorithm} draft in the {draft.format.name} format, {kind.draft_length} tokens a round")
     )
-    return Report(findings, {name: list(ENGINES[name].examine(draft)) for name in engines})
+    return Report(findings, {name: _gone_through(ENGINES[name].examine(draft)) for name in engines})
+
+
+def _gone_through(findings: Iterator[Finding]) -> list[Finding]:
+    """All of them; a field of a type that no reader expects ends them."""
+    found = []
+    try:
+        for finding in findings:
+            found.append(finding)
+    except WRONG_FIELDS as error:
+        found.append(fails(f"config.json: {wrong_field(error)}"))
+    return found
 
 
 def _is_target(folder: DraftFolder) -> bool:

@@ -14,7 +14,7 @@ from deepspec.decoding.sps import SPS_FILE
 from deepspec.drafts.engines import DraftKind
 from deepspec.drafts.loading import SEPARATE_MASK, find_draft_folder
 from deepspec.drafts.vocabulary import DraftVocabulary
-from deepspec.publishing.errors import DamagedDraftError, PublishError
+from deepspec.publishing.errors import WRONG_FIELDS, DamagedDraftError, PublishError, wrong_field
 from deepspec.publishing.formats import FORMATS, DraftFolder, Format, Verifier, find_format, format_named
 from deepspec.publishing.formats.base import EMBEDDING_AND_HEAD, Config
 from deepspec.publishing.layout import (
@@ -127,6 +127,8 @@ def open_draft(path: Path) -> OpenedDraft:
             _check_vocabulary(kind, tensors)
     except PublishError as error:
         raise type(error)(f"{path} ({its_format.name} format): {error}") from error
+    except WRONG_FIELDS as error:
+        raise DamagedDraftError(f"{path / 'config.json'}: {wrong_field(error)}") from error
     return OpenedDraft(folder, its_format, config, kind, tensors)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from deepspec.drafts.configuration import GEMMA4
 from deepspec.drafts.engines import LLAMA, DraftKind
-from deepspec.publishing.errors import DamagedDraftError
+from deepspec.publishing.errors import WRONG_FIELDS, DamagedDraftError, wrong_field
 from deepspec.publishing.weights import AnyTensor
 from deepspec.text import some
 
@@ -28,10 +28,8 @@ def expected_shapes(config: Mapping[str, Any], kind: DraftKind) -> Shapes:
     """
     try:
         return dict(_shapes(config, kind))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DamagedDraftError(
-            f"config.json: a field is missing or wrong ({type(error).__name__}: {error})"
-        ) from error
+    except WRONG_FIELDS as error:
+        raise DamagedDraftError(f"config.json: {wrong_field(error)}") from error
 
 
 def _shapes(config: Mapping[str, Any], kind: DraftKind) -> Iterator[tuple[str, tuple[int, ...]]]:

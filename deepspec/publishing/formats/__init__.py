@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deepspec.config import ConfigError, near_match
-from deepspec.publishing.errors import PublishError
+from deepspec.publishing.errors import WRONG_FIELDS, DamagedDraftError, PublishError, wrong_field
 from deepspec.publishing.formats.assistant import AssistantFormat
 from deepspec.publishing.formats.base import DraftFolder, Format, Verifier
 from deepspec.publishing.formats.own import DeepSpecFormat
@@ -31,9 +31,12 @@ def find_format(folder: DraftFolder) -> Format:
     Raises:
         PublishError: it is no draft that DeepSpec knows.
     """
-    for candidate in FORMATS.values():
-        if candidate.recognises(folder):
-            return candidate
+    try:
+        for candidate in FORMATS.values():
+            if candidate.recognises(folder):
+                return candidate
+    except WRONG_FIELDS as error:
+        raise DamagedDraftError(f"{folder.path / 'config.json'}: {wrong_field(error)}") from error
     raise PublishError(f"{folder.path}: {_what_else(folder)}")
 
 
