@@ -26,7 +26,8 @@ from benchmarks.head_cost import head_share
 from benchmarks.summary import spread, summary, write_record
 from deepspec import load_draft
 from deepspec.arguments import run_command
-from deepspec.decoding import DSparkProposer, LookupProposer, Proposer, Request, SpeculativeEngine, Timing
+from deepspec.config import ConfigError
+from deepspec.decoding import LookupProposer, Proposer, Request, SpeculativeEngine, Timing, proposer_of
 from deepspec.decoding.calibration import load_calibration
 from deepspec.decoding.policies import ConfidenceThreshold, PolicySetup, build_policy
 from deepspec.decoding.sps import load_table
@@ -114,12 +115,12 @@ def with_the_engine(
     ways = {
         plain: Way(engine(options, target, None, requests, size), against),
         f"speculative, batch {size}{of}": Way(
-            engine(options, target, DSparkProposer(draft, target), requests, size), [plain, *against]
+            engine(options, target, proposer_of(draft, target), requests, size), [plain, *against]
         ),
     }
     if setup:
         policy = build_policy("asynchronous", replace(setup, rows=size))
-        run = engine(options, target, DSparkProposer(draft, target), requests, size, policy=policy)
+        run = engine(options, target, proposer_of(draft, target), requests, size, policy=policy)
         ways[f"asynchronous scheduler, batch {size}{of}"] = Way(run, [plain, *against])
     return ways
 
@@ -251,6 +252,8 @@ def main(options: BenchmarkOptions) -> None:
     tokenizer = load_tokenizer(options.target)
     stops = stop_tokens(options.target, None, tokenizer)
     draft, seeds = load_draft(options.checkpoint, target=target), count()
+    if not isinstance(draft, DSparkModel):
+        raise ConfigError(f"checkpoint={options.checkpoint}: this benchmark is for DSpark and DFlash")
     sets = {
         name: [
             Request(prompt.ids, options.max_new_tokens, options.temperature, seed=next(seeds), stop_token_ids=stops)

@@ -196,7 +196,7 @@ def train_step(
 ) -> float:
     """As `Trainer` steps, without accelerate."""
     device = next(module.parameters()).device
-    weight_sum = sum(batch.weight_sum for batch in batches)
+    divisor = sum(batch.divisor for batch in batches)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     loss = torch.zeros((), device=device)
     for batch in batches:
@@ -210,8 +210,8 @@ def train_step(
                 with_metrics=False,
             )
         with meter.part("backward"):
-            (sums["loss"] / weight_sum).backward()
-        loss += sums["loss"].detach() / weight_sum
+            (sums["loss"] / divisor).backward()
+        loss += sums["loss"].detach() / divisor
     with meter.part("optimizer"):
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()

@@ -89,8 +89,10 @@ def pruned(inputs: Inputs, every: int = 3) -> Inputs:
     """Of a draft that knows every so many tokens of the vocabulary; some targets are among the others."""
     head, markov_w2 = inputs["head"], inputs["markov_w2"]
     kept = torch.arange(1, len(head), every)
-    targets = inputs["targets"] % len(kept)
-    targets[1::3] = -1
+    targets = inputs["targets"]
+    if targets is not None:
+        targets = targets % len(kept)
+        targets[1::3] = -1
     return inputs | {
         "head": head[kept],
         "markov_w2": None if markov_w2 is None else markov_w2[kept],
@@ -122,6 +124,7 @@ FLOAT32: dict[str, Inputs] = {
     "pruned, a whole block": pruned(random_inputs(3, 8192, 8), every=2),
     "pruned dflash": pruned(random_inputs(**NO_MARKOV, **NO_TARGET)),
     "almost whole": pruned(random_inputs(5, 17), every=1),
+    "pruned eagle3": pruned(random_inputs(targets=None)),
 }
 BF16 = {
     "dspark bf16": in_dtype(random_inputs(12), torch.bfloat16),

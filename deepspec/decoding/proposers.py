@@ -13,7 +13,7 @@ from deepspec.config import ConfigError
 from deepspec.decoding.cache import KeyValueStore
 from deepspec.decoding.sampling import SamplingSettings, draw
 from deepspec.decoding.span import Span
-from deepspec.drafts import DSparkModel
+from deepspec.drafts import DraftModel, DSparkModel
 from deepspec.drafts.families import head_dim_of
 from deepspec.drafts.heads import MarkovHead
 from deepspec.drafts.loading import check_target
@@ -77,6 +77,25 @@ class Proposer(Protocol):
         """Forget a slot whose row was not finite."""
 
 
+def check_fits(draft: DraftModel, target: Target, *, allow_other_target: bool) -> None:
+    """Refuse a draft that was not made for this target.
+
+    Args:
+        allow_other_target: one of other weights but the same shape will do.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    if not allow_other_target:
+        check_target(draft, target)
+    deepest = max(draft.target_layer_ids)
+    if deepest >= target.num_layers:
+        raise ConfigError(
+            f"this draft reads layers up to {deepest}, but target {target.name_or_path} has {target.num_layers} "
+            "(numbered from 0); load the target it was trained for"
+        )
+
+
 class DSparkProposer:
     """DSpark and DFlash: one parallel pass of the backbone, then the sequential head token by token."""
 
@@ -88,14 +107,7 @@ class DSparkProposer:
         Raises:
             ConfigError: the draft was not made for this target.
         """
-        if not allow_other_target:
-            check_target(draft, target)
-        deepest = max(draft.target_layer_ids)
-        if deepest >= target.num_layers:
-            raise ConfigError(
-                f"this draft reads layers up to {deepest}, but target {target.name_or_path} has {target.num_layers} "
-                "(numbered from 0); load the target it was trained for"
-            )
+        check_fits(draft, target, allow_other_target=allow_other_target)
         self.draft = draft.eval()
         self.block_size = draft.draft_length
         self.layer_ids: Sequence[int] = draft.target_layer_ids

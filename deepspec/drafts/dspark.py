@@ -8,8 +8,8 @@ backbone. So in both, slot k = 1..G of those that predict is about the token at 
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,82 +18,33 @@ from transformers import (
     Gemma4TextConfig,
     LlamaConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen3Config,
     initialization,
 )
 
 from deepspec.config import ConfigError
 from deepspec.drafts.backbone import DraftLayer, KeyValue, SandwichDraftLayer
+from deepspec.drafts.base import DraftModel, TargetWeights
 from deepspec.drafts.confidence import build_confidence_head
-from deepspec.drafts.configuration import DraftSettings, architecture_of
 from deepspec.drafts.families import family_of
 from deepspec.drafts.heads import build_markov_head
-from deepspec.drafts.vocabulary import DraftVocabulary
 from deepspec.kernels.attention import ContextSpans
-from deepspec.kernels.losses import soft_cap
 from deepspec.text import some
 
-LENT = ("embed_tokens.weight", "lm_head.weight")  # the target's, frozen
 
-
-class TargetWeights(Protocol):
-    """What a draft copies from its target."""
-
-    @property
-    def embedding_weight(self) -> Tensor:
-        """[vocab, hidden]"""
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[vocab, hidden]"""
-
-    @property
-    def decoder_layers(self) -> nn.ModuleList:
-        """In order."""
-
-    @property
-    def final_norm(self) -> nn.Module: ...
-
-
-class DSparkModel(DraftVocabulary, PreTrainedModel):
+class DSparkModel(DraftModel):
     """Parallel backbone, optional sequential and confidence heads, and the target's frozen embedding and head."""
 
-    base_model_prefix = ""
     _no_split_modules = ["DraftLayer", "SandwichDraftLayer"]  # noqa: RUF012  (Transformers declares no ClassVar)
-    layer_class: type[DraftLayer] = DraftLayer
+    layer_class = DraftLayer
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
-        family = family_of(config)
-        settings = DraftSettings.of(config)
-        self.settings = settings
-        self.checkpoint_activations = False  # while training: keep only the layers' inputs for the backward pass
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.fc = nn.Linear(len(settings.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
-        self.hidden_norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(self.layer_class(config, family) for _ in range(config.num_hidden_layers))
-        self.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, settings.draft_vocab_size or config.vocab_size, bias=False)
-        self.make_vocabulary(config.vocab_size, settings.draft_vocab_size)
+        self.hidden_norm = family_of(config).norm(config.hidden_size, eps=config.rms_norm_eps)
         self.markov_head = build_markov_head(config)
         self.confidence_head = build_confidence_head(config)
-        self.rotary_emb = family.rotary(config)
         self._freeze_target_weights()
         self.post_init()
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, but the embedding and the head stay frozen. `load_draft` checks more."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._freeze_target_weights()
-        return loaded
-
-    @property
-    def algorithm(self) -> str:
-        """dspark or dflash"""
-        return self.settings.algorithm
 
     @property
     def block_size(self) -> int:
@@ -101,42 +52,9 @@ class DSparkModel(DraftVocabulary, PreTrainedModel):
         return self.settings.block_size
 
     @property
-    def draft_length(self) -> int:
-        """Tokens drafted a round, which is the number of slots in every output."""
-        return self.settings.draft_length
-
-    @property
     def mask_token_id(self) -> int:
+        assert self.settings.mask_token_id is not None, "only Eagle3 has none"
         return self.settings.mask_token_id
-
-    @property
-    def target_layer_ids(self) -> tuple[int, ...]:
-        return self.settings.target_layer_ids
-
-    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of everything but the embedding and the head that the target lends."""
-        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
-
-    @torch.no_grad()
-    def tie_to_target(self, target: TargetWeights, names: Container[str] = LENT) -> None:
-        """Copy the target's embedding and head, or only what is named.
-
-        Raises:
-            ValueError: the target's shapes differ from the draft's.
-        """
-        for name, lent, module, weight in (
-            ("embedding", "embed_tokens.weight", self.embed_tokens, target.embedding_weight),
-            ("head", "lm_head.weight", self.lm_head, target.head_weight),
-        ):
-            if lent not in names:
-                continue
-            expected = [self.config.vocab_size, self.config.hidden_size]
-            if list(weight.shape) != expected:
-                raise ValueError(
-                    f"the target's {name} has shape {list(weight.shape)}, the draft's config says {expected}: build "
-                    "the draft's config from this target"
-                )
-            module.weight.copy_(self.rows_of(weight) if module is self.lm_head else weight)
 
     @torch.no_grad()
     def start_from_target(self, target: TargetWeights) -> None:
@@ -175,18 +93,6 @@ class DSparkModel(DraftVocabulary, PreTrainedModel):
         anchor_columns: Tensor,
         block_mask: Tensor,
     ) -> Tensor:
-        """Draft all blocks of whole documents at once, for training. A block sees nothing of another document.
-
-        Args:
-            input_ids: [batch, tokens]
-            position_ids: [batch, tokens], 0 where a document begins.
-            context_features: [batch, tokens, captured layers * hidden]
-            anchor_columns: [batch, blocks]; anything in range where `block_mask` is off.
-            block_mask: bool [batch, blocks], False = padding block, which sees no context; its output means nothing.
-
-        Returns:
-            Hidden states after the final norm of the slots that predict [batch, blocks, draft_length, hidden].
-        """
         context = self.project_context(context_features)
         anchor_positions = position_ids.gather(1, anchor_columns)
         return self._run_blocks(
@@ -195,11 +101,6 @@ class DSparkModel(DraftVocabulary, PreTrainedModel):
             self.context_key_values(context, position_ids),
             self._spans(anchor_columns, anchor_positions * block_mask),
         )
-
-    def compile_layers(self, backend: str = "inductor") -> None:
-        """torch.compile every layer in place; they share one compilation. Attention is a kernel of its own."""
-        for layer in self._draft_layers():
-            layer.compile(dynamic=True, backend=backend)
 
     def project_context(self, features: Tensor) -> Tensor:
         """H_ctx = RMSNorm(W_c [H_l1; ...; H_lm]).
@@ -242,22 +143,8 @@ class DSparkModel(DraftVocabulary, PreTrainedModel):
         spans = self._spans(anchor_positions[:, None], anchor_positions[:, None])
         return self._run_blocks(anchor_tokens[:, None], anchor_positions[:, None], context_cache, spans)[:, 0]
 
-    def base_logits(self, hidden: Tensor) -> Tensor:
-        """U_k through the frozen head, scaled and capped as the target's logits, in float32.
-
-        [..., hidden] -> [..., vocab of the draft]
-        """
-        logits = self.lm_head(hidden).float()
-        if self.settings.logit_scale != 1:
-            logits = logits * self.settings.logit_scale
-        return logits if self.settings.logit_softcap is None else soft_cap(logits, self.settings.logit_softcap)
-
     def _draft_layers(self) -> list[DraftLayer]:
         return cast("list[DraftLayer]", list(self.layers))
-
-    def _freeze_target_weights(self) -> None:
-        self.embed_tokens.requires_grad_(False)
-        self.lm_head.requires_grad_(False)
 
     def _spans(self, anchor_columns: Tensor, context_length: Tensor) -> ContextSpans:
         """The columns right before each anchor: both [batch, blocks]."""
@@ -271,9 +158,7 @@ class DSparkModel(DraftVocabulary, PreTrainedModel):
         """[batch, blocks] anchors -> [batch, blocks, draft_length, hidden]"""
         slots = torch.arange(self.block_size, device=anchor_tokens.device)
         tokens = torch.where(slots == 0, anchor_tokens[..., None], self.mask_token_id)
-        hidden = self.embed_tokens(tokens).to(self.fc.weight.dtype)
-        if self.settings.embedding_scale != 1:
-            hidden = hidden * self.settings.embedding_scale
+        hidden = self.embed(tokens)
         rotation = self.rotary_emb(hidden, (anchor_positions[..., None] + slots).flatten(1))
         for layer, key_values in zip(self._draft_layers(), context, strict=True):
             if self.checkpoint_activations and self.training:
@@ -317,12 +202,6 @@ class LlamaDSparkModel(DSparkModel):
     config_class = LlamaConfig
 
 
-def draft_class(config: PreTrainedConfig) -> type[DSparkModel]:
-    """The class of a draft's config, see `architecture_of`."""
-    classes = (Qwen3DSparkModel, DFlashDraftModel, Gemma4DSparkModel, LlamaDSparkModel)
-    return {one.__name__: one for one in classes}[architecture_of(config)]
-
-
 def _difference(mine: nn.Module, theirs: nn.Module) -> str:
     """How the parts of a target's layer differ from a draft's, to be followed by "a layer of ..."; empty if equal."""
     ours = {name: list(part.shape) for name, part in mine.state_dict().items()}
@@ -333,26 +212,3 @@ def _difference(mine: nn.Module, theirs: nn.Module) -> str:
         return f"has {some(unknown)}, unlike"
     wrong = [f"{name} {others[name]} instead of {shape}" for name, shape in ours.items() if others[name] != shape]
     return f"has {some(wrong)} of" if wrong else ""
-
-
-def build_draft(
-    config: PreTrainedConfig, target: TargetWeights | None = None, *, seed: int = 0, kept_tokens: Tensor | None = None
-) -> DSparkModel:
-    """A fresh draft in float32 with seeded weights and, given a target, its embedding and head.
-
-    Args:
-        kept_tokens: what it can propose, see `DraftVocabulary.keep_tokens`; for a draft that cannot propose all.
-
-    Raises:
-        ConfigError: no draft for this family.
-        ValueError: `target` does not fit the config.
-    """
-    family_of(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        draft = draft_class(config)(config)
-    if kept_tokens is not None:
-        draft.keep_tokens(kept_tokens)
-    if target is not None:
-        draft.tie_to_target(target)
-    return draft

@@ -16,9 +16,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from deepspec.checkpoints import DRAFT, newest_checkpoint
 from deepspec.config import ConfigError
-from deepspec.drafts.configuration import ARCHITECTURES, DFLASH, DraftSettings, uniform_layers
-from deepspec.drafts.dspark import LENT, DSparkModel, TargetWeights, draft_class
-from deepspec.drafts.families import family_of
+from deepspec.drafts.base import LENT, DraftModel, TargetWeights
+from deepspec.drafts.building import draft_class
+from deepspec.drafts.configuration import DraftSettings, known_architectures, uniform_layers
 from deepspec.files import download_model, weight_files
 from deepspec.text import some
 
@@ -44,7 +44,7 @@ def load_draft(
     device: str | torch.device = "cpu",
     target: LoadedTarget | None = None,
     allow_other_target: bool = False,
-) -> DSparkModel:
+) -> DraftModel:
     """Load a draft for decoding or for further training.
 
     Args:
@@ -67,7 +67,7 @@ def load_draft(
     return draft
 
 
-def read_draft(folder: Path, *, dtype: torch.dtype | None = None, lender: TargetWeights | None = None) -> DSparkModel:
+def read_draft(folder: Path, *, dtype: torch.dtype | None = None, lender: TargetWeights | None = None) -> DraftModel:
     """`load_draft` of a folder, on the CPU, for whatever target it was trained.
 
     Args:
@@ -132,7 +132,7 @@ def read_draft_config(folder: Path) -> PreTrainedConfig:
     """The draft's config.
 
     Raises:
-        ValueError: damaged, or not the config of a DSpark or DFlash draft.
+        ValueError: damaged, or not the config of a draft.
     """
     try:
         architectures = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
@@ -140,9 +140,8 @@ def read_draft_config(folder: Path) -> PreTrainedConfig:
     except (json.JSONDecodeError, UnicodeDecodeError, OSError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'}: not a readable config: {error}") from error
     try:
-        family_of(config)
+        known = known_architectures(config)
         config = uniform_layers(config)
-        known = (ARCHITECTURES[config.model_type], *([DFLASH] if config.model_type == "qwen3" else []))
         if not set(known) & set(architectures):
             raise ConfigError(f"architectures={architectures}: expected {' or '.join(known)}")
         DraftSettings.of(config)
@@ -152,7 +151,7 @@ def read_draft_config(folder: Path) -> PreTrainedConfig:
 
 
 def check_target(
-    draft: DSparkModel, target: LoadedTarget, source: Path | str = "this draft", *, allow_other_target: bool = False
+    draft: DraftModel, target: LoadedTarget, source: Path | str = "this draft", *, allow_other_target: bool = False
 ) -> None:
     """Refuse a target that the draft was not trained for.
 

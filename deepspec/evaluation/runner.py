@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from deepspec.config import EvalRun, flatten
-from deepspec.decoding import DSparkProposer, SpeculativeEngine
+from deepspec.decoding import SpeculativeEngine, proposer_of
 from deepspec.decoding.policies import build_policy
 from deepspec.decoding.recorded_rounds import METRICS_FILE
 from deepspec.drafts import load_draft
@@ -147,7 +147,7 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> Decoder:
 
     speculative = SpeculativeEngine(
         target,
-        DSparkProposer(draft, target, allow_other_target=config.eval.allow_other_target),
+        proposer_of(draft, target, allow_other_target=config.eval.allow_other_target),
         slots=config.decode.batch_size,
         max_length=plan.max_length,
         policy=build_policy(config.decode.policy, replace(plan.policy_setup, device=device)),

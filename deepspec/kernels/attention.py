@@ -48,6 +48,10 @@ class ContextSpans:
         """For queries [blocks * slots] and keys [columns of context, then blocks * slots]."""
         return self._made(("flex", slots, columns), lambda: self._make_flex_mask(slots, columns))
 
+    def context_flex_mask(self, columns: int) -> BlockMask:
+        """For queries [blocks] and keys [columns of context]."""
+        return self._made(("context", columns), lambda: self._make_context_flex_mask(columns))
+
     def _made(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._memory:
             self._memory[key] = make()
@@ -69,6 +73,16 @@ class ContextSpans:
         queries = blocks * slots
         on_gpu = first.device.type == "cuda"
         return create_block_mask(sees, batch, None, queries, columns + queries, device=first.device, _compile=on_gpu)
+
+    def _make_context_flex_mask(self, columns: int) -> BlockMask:
+        first, last = self.first, self.last
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key >= first[batch, query]) & (key < last[batch, query])
+
+        batch, blocks = first.shape
+        on_gpu = first.device.type == "cuda"
+        return create_block_mask(sees, batch, None, blocks, columns, device=first.device, _compile=on_gpu)
 
 
 @dataclass(frozen=True)
@@ -168,10 +182,9 @@ def block_attention_flex(
     """`block_attention` by FlexAttention: neither scores nor a dense mask exist, and hidden tiles are not computed."""
     heads, slots = query.shape[1], query.shape[3]
     keys, values = _joined(context_key, context_value, block_key, block_value)
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    dtype = flex_dtype(query)
     query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)  # autocast does not know FlexAttention
-    attend = _compiled_flex() if query.device.type == "cuda" else flex_attention
+    attend = compiled_flex() if query.device.type == "cuda" else flex_attention
     attended = attend(
         query.flatten(2, 3),
         keys,
@@ -184,8 +197,14 @@ def block_attention_flex(
 
 
 @cache
-def _compiled_flex() -> Any:
+def compiled_flex() -> Any:
     return torch.compile(flex_attention)
+
+
+def flex_dtype(query: Tensor) -> torch.dtype:
+    """What autocast would convert the query, keys and values to."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 def _joined(

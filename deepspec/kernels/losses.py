@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
@@ -43,7 +44,7 @@ class VocabularyLosses(NamedTuple):
     """Losses of N rows; `ce` and `l1` carry no gradient."""
 
     loss: Tensor  # scalar: sum of weights * (ce_scale * ce + tv_scale * l1)
-    ce: Tensor  # [N] -log p_d(target token), 0 where it is none of the draft's
+    ce: Tensor  # [N] -log p_d(target token), 0 where it is none of the draft's; or -sum p_t log p_d, see `targets`
     l1: Tensor | None  # [N] ||p_d - p_t||_1, from 0 to 2; None without target states
 
 
@@ -52,7 +53,7 @@ def vocabulary_losses_reference(
     latents: Tensor | None,
     head: Tensor,
     markov_w2: Tensor | None,
-    targets: Tensor,
+    targets: Tensor | None,
     target_hidden: Tensor | None,
     weights: Tensor,
     ce_scale: float,
@@ -73,14 +74,19 @@ def vocabulary_losses_reference(
         bias = functional.linear(latents.to(head.dtype), markov_w2.to(head.dtype)).float()
         logits = logits + _scaled(bias, logit_scale)
     log_probabilities = logits.log_softmax(-1)
-    of_targets = log_probabilities.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
-    ce = torch.where(targets < 0, 0.0, -of_targets)
+    probabilities = log_probabilities.exp()
+    if target_hidden is not None:
+        with torch.no_grad():
+            target_probabilities = logits_of(target_hidden, head if target_head is None else target_head).softmax(-1)
+    if targets is None:
+        known = target_probabilities if kept is None else target_probabilities[:, kept]
+        ce = -(known * log_probabilities).sum(-1)
+    else:
+        of_targets = log_probabilities.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)
+        ce = torch.where(targets < 0, 0.0, -of_targets)
     loss = ce_scale * ce
     if target_hidden is None:
         return VocabularyLosses((weights * loss).sum(), ce.detach(), None)
-    probabilities = log_probabilities.exp()
-    with torch.no_grad():
-        target_probabilities = logits_of(target_hidden, head if target_head is None else target_head).softmax(-1)
     if kept is not None:
         probabilities = torch.zeros_like(target_probabilities).index_copy(1, kept, probabilities)
     l1 = (probabilities - target_probabilities).abs().sum(-1)
@@ -92,7 +98,7 @@ def vocabulary_losses(
     latents: Tensor | None,
     head: Tensor,
     markov_w2: Tensor | None,
-    targets: Tensor,
+    targets: Tensor | None,
     target_hidden: Tensor | None,
     weights: Tensor,
     ce_scale: float,
@@ -118,10 +124,11 @@ def vocabulary_losses(
         latents: [N, rank], gets a gradient; None without a sequential head.
         head: [vocab, hidden], frozen; of the draft, and of the target too unless that has a `target_head`.
         markov_w2: [vocab, rank], gets a gradient; None without a sequential head.
-        targets: [N] rows of the head; -1 = a token that the draft does not know: no cross-entropy.
+        targets: [N] rows of the head; -1 = a token that the draft does not know: no cross-entropy. None = the
+            cross-entropy is that of the target's distribution, Eagle3's, over the tokens that the draft knows.
         target_hidden: [N, hidden], the target's state that predicts this token; None = no target probabilities, no l1.
         weights: [N]
-        ce_scale, tv_scale: of the two losses in `loss`. A tv_scale above 0 needs `target_hidden`.
+        ce_scale, tv_scale: of the two losses in `loss`. A tv_scale above 0 needs `target_hidden`, as do no `targets`.
         logit_scale: factor of all logits.
         softcap: c in c * tanh(logit / c), of the head's logits; None = off.
         kept: [vocab], where the head's tokens are in the target's vocabulary; None = the two are the same.
@@ -129,8 +136,8 @@ def vocabulary_losses(
         chunk_rows: at most so many rows at a time; None = what suits the device.
         implementation: "reference", "chunked" or "triton"; None = triton on a GPU where it is installed, else chunked.
     """
-    if tv_scale and target_hidden is None:
-        raise ValueError("the total variation needs the target's hidden states: pass target_hidden or tv_scale=0")
+    if (tv_scale or targets is None) and target_hidden is None:
+        raise ValueError("the loss needs the target's distribution: pass target_hidden, or tv_scale=0 and targets")
     inputs = (hidden, latents, head, markov_w2, targets, target_hidden, weights)
     settings = (ce_scale, tv_scale, logit_scale, softcap, kept, target_head)
     device = hidden.device.type
@@ -139,13 +146,16 @@ def vocabulary_losses(
     if implementation == "reference":
         return vocabulary_losses_reference(*inputs, *settings)
     trained = (hidden, latents, markov_w2)
+    steps = _fused_steps() if implementation == "triton" else PLAIN_STEPS
+    if targets is None:
+        steps = steps._replace(losses_of_rows=partial(soft_losses_of_rows, known=len(head)))
     with_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
     with torch.no_grad(), torch.autocast(device, enabled=False):
         losses, gradients = _losses_and_gradients(
             *inputs,
             *settings,
             chunk_rows=chunk_rows or CHUNK_ROWS.get(device, CHUNK_ROWS["cuda"]),
-            steps=_fused_steps() if implementation == "triton" else PLAIN_STEPS,
+            steps=steps,
             with_gradient=with_gradient,
         )
     return losses._replace(loss=_WithGradients.apply(losses.loss, gradients, *trained)) if with_gradient else losses
@@ -170,7 +180,7 @@ def _losses_and_gradients(
     latents: Tensor | None,
     head: Tensor,
     markov_w2: Tensor | None,
-    targets: Tensor,
+    targets: Tensor | None,
     target_hidden: Tensor | None,
     weights: Tensor,
     ce_scale: float,
@@ -234,7 +244,7 @@ def _losses_and_gradients(
         steps.losses_of_rows(
             logits,
             None if target_hidden is None else second,
-            targets[chunk],
+            None if targets is None else targets[chunk],
             weights[chunk].float(),
             ce_scale,
             tv_scale,
@@ -386,6 +396,54 @@ def losses_of_rows(
         else:
             torch.mul(p, ce_weight, out=z)
         z.scatter_add_(1, target, -ce_weight)
+        if gradient is not logits:
+            gradient[some] = z
+
+
+def soft_losses_of_rows(
+    logits: Tensor,
+    target_logits: Tensor,
+    targets: None,
+    weights: Tensor,
+    ce_scale: float,
+    tv_scale: float,
+    ce: Tensor,
+    l1: Tensor,
+    gradient: Tensor | None,
+    *,
+    known: int,
+) -> None:
+    """`losses_of_rows` with the cross-entropy of the target's distribution q; both logits are overwritten.
+
+    -<q, log p> = m * log sum exp(z) - <q, z>; d ce / dz = m * p - q, where m is the mass of q over the tokens that the
+    draft knows, and so are the sums.
+
+    Args:
+        known: columns before that of all other tokens, if there is one.
+    """
+    rows, vocab = logits.shape
+    cores = torch.get_num_threads() if logits.device.type == "cpu" else 1
+    cached = CACHED_ELEMENTS.get(logits.device.type, CACHED_ELEMENTS["cuda"])
+    step = min(rows, cores * max(1, cached // vocab))
+    all_p, all_q = logits.new_empty(2, step, vocab)
+    for start in range(0, rows, step):
+        some = slice(start, min(start + step, rows))
+        p, q = all_p[: some.stop - start], all_q[: some.stop - start]
+        z, weight = logits[some], weights[some, None]
+        torch.softmax(target_logits[some], -1, out=q)
+        mass = q[:, :known].sum(-1, keepdim=True)
+        expected = torch.mul(q[:, :known], z[:, :known], out=target_logits[some][:, :known]).sum(-1)
+        ce[some] = mass[:, 0] * z.logsumexp(-1) - expected
+        torch.softmax(z, -1, out=p)
+        difference = torch.sub(p, q, out=q)
+        l1[some] = torch.abs(difference, out=z).sum(-1)
+        if gradient is None:
+            continue
+        torch.mul(difference.addcmul(p, mass - 1), ce_scale * weight, out=z)
+        if tv_scale:
+            signed_p = difference.sign_().mul_(p)
+            z.addcmul_(p, weight * signed_p.sum(-1, keepdim=True), value=-tv_scale)
+            z.addcmul_(signed_p, weight, value=tv_scale)
         if gradient is not logits:
             gradient[some] = z
 

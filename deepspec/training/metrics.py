@@ -51,7 +51,8 @@ def summarize(sums: Mapping[str, Tensor]) -> dict[str, float]:
         sums: as `DraftTrainingModule` returns them, added over micro-batches and ranks.
 
     Returns:
-        `loss`, `ce`, `tv` (mean L1 distance, 0 to 2) and `confidence_loss`, each divided by the weight sum;
+        `loss`, divided by the `divisor`; `ce`, `tv` (mean L1 distance, 0 to 2) and `confidence_loss`, each divided by
+        the weight sum;
         `accept_rate@k` for k = 1..draft_length, the mean of 1 - TV at slot k; `tau`, the expected tokens per round
         1 + sum_k prod_{i<=k} accept_i averaged over blocks; `confidence_abs_error` and `confidence_bias`, the weighted
         means of |c_k - accept_k| and c_k - accept_k. A metric that was not computed or averages nothing is left out.
@@ -60,7 +61,9 @@ def summarize(sums: Mapping[str, Tensor]) -> dict[str, float]:
     weight = float(sums["weight_sum"])
     metrics: dict[str, float] = {}
     if weight > 0:
-        for name in ("loss", "ce", "tv", "confidence_loss", "confidence_abs_error", "confidence_bias"):
+        if "loss" in sums:
+            metrics["loss"] = float(sums["loss"]) / float(sums["divisor"])
+        for name in ("ce", "tv", "confidence_loss", "confidence_abs_error", "confidence_bias"):
             if name in sums:
                 metrics[name] = float(sums[name]) / weight
     if "slots" in sums:

@@ -1,7 +1,8 @@
-"""The objective of DSpark and DFlash (DSpark section 4): cross-entropy, total variation, confidence.
+"""The objective of DSpark and DFlash (DSpark section 4), and of Eagle3: cross-entropy, total variation, confidence.
 
 L = ce * L_ce + tv * L_tv + confidence * L_conf, each a sum over supervised slots of w_k times the slot's loss.
-Everything here returns sums; the training loop divides by the weight sum over all ranks and accumulation steps.
+The cross-entropy is that of the true tokens, of Eagle3 that of the target's distribution. Everything here returns sums;
+the training loop divides by the weight sum (or `train.loss.divisor`) over all ranks and accumulation steps.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deepspec.config import LossConfig
-from deepspec.drafts.dspark import DSparkModel
+from deepspec.drafts import DraftModel
 from deepspec.kernels.losses import vocabulary_losses
-from deepspec.training.anchors import SlotLabels
+from deepspec.training.anchors import SlotLabels, loss_divisor
 from deepspec.training.metrics import acceptance_sums
 
 
 def draft_objective(
-    draft: DSparkModel,
+    draft: DraftModel,
     hidden: Tensor,
     labels: SlotLabels,
     final_features: Tensor,
@@ -45,7 +46,7 @@ def draft_objective(
         with a confidence head and target probabilities; with metrics also those of `acceptance_sums` and
         `confidence_abs_error`, `confidence_bias`. Keys do not depend on the batch.
     """
-    needs_target = with_metrics or loss.tv > 0 or draft.confidence_head is not None
+    needs_target = with_metrics or loss.tv > 0 or draft.confidence_head is not None or draft.soft_labels
     weights = labels.weights
     states = hidden.flatten(0, 2)[labels.slots]
     latents = None
@@ -57,7 +58,7 @@ def draft_objective(
         latents,
         draft.lm_head.weight,
         None if draft.markov_head is None else draft.markov_head.markov_w2.weight,
-        draft.row_ids(labels.targets),
+        None if draft.soft_labels else draft.row_ids(labels.targets),
         final_features.flatten(0, 1)[labels.sources] if needs_target else None,
         weights,
         loss.ce,
@@ -100,7 +101,7 @@ class DraftTrainingModule(nn.Module):
 
     target_head: Tensor | None
 
-    def __init__(self, draft: DSparkModel, loss: LossConfig, target_head: Tensor | None = None):
+    def __init__(self, draft: DraftModel, loss: LossConfig, target_head: Tensor | None = None):
         """Args: `target_head`, see `draft_objective`; not saved with the draft."""
         super().__init__()
         self.draft = draft
@@ -134,6 +135,7 @@ class DraftTrainingModule(nn.Module):
         """
         hidden = self.draft(input_ids, position_ids, context_features, anchor_columns, block_mask)
         labels = SlotLabels(prev_tokens, slots, targets, sources, weights)
-        return draft_objective(
+        sums = draft_objective(
             self.draft, hidden, labels, final_features, block_mask, self.loss, with_metrics, self.target_head
         )
+        return sums | {"divisor": loss_divisor(weights, input_ids, self.loss.divisor)}

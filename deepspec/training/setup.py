@@ -15,7 +15,7 @@ from deepspec.config import ConfigError, TrainRun
 from deepspec.data.dataset import ConversationDataset, check_vocabulary, tokenize_conversations
 from deepspec.data.mask_token import find_mask_token
 from deepspec.data.rendering import Rendering, differences_of_answers, template_name
-from deepspec.drafts import DraftSettings, DSparkModel, build_draft, build_draft_config, engine_limits, load_draft
+from deepspec.drafts import DraftModel, DraftSettings, build_draft, build_draft_config, engine_limits, load_draft
 from deepspec.features import CachedFeatures, CachedRendering, FeatureSource, OnlineFeatures
 from deepspec.features.served import connect_served
 from deepspec.features.vllm import connect_vllm
@@ -50,7 +50,7 @@ CONNECT: dict[str, Callable[..., FeatureSource]] = {
 class Materials:
     """Everything that is trained or trained on."""
 
-    draft: DSparkModel
+    draft: DraftModel
     features: FeatureSource
     train_set: ConversationDataset
     eval_set: ConversationDataset | None
@@ -148,7 +148,7 @@ def _new_draft(
     target: Target | TargetHead,
     train_set: ConversationDataset,
     tokenizer: PreTrainedTokenizerBase,
-) -> DSparkModel:
+) -> DraftModel:
     if config.train.start_from is not None:
         return started_from(config.train.start_from, draft_config, target, config.seed)
     kept, size = None, DraftSettings.of(draft_config).draft_vocab_size
@@ -160,7 +160,7 @@ def _new_draft(
     return draft
 
 
-def _continued_draft(checkpoint: Path, draft_config: PreTrainedConfig, target: Target | TargetHead) -> DSparkModel:
+def _continued_draft(checkpoint: Path, draft_config: PreTrainedConfig, target: Target | TargetHead) -> DraftModel:
     """That of the checkpoint, for the same target, which may lie elsewhere by now."""
     check_same_target(checkpoint, target.fingerprint)
     draft = _in_aligned_memory(load_draft(checkpoint, dtype=torch.float32, target=target))
@@ -245,7 +245,7 @@ def draft_config_of(
     """
     draft, adapter = filled_in(config.draft, config.train.start_from), adapter_for(target_config)
     mask_token_id = draft.mask_token_id
-    if mask_token_id is None:
+    if mask_token_id is None and draft.algorithm != "eagle3":
         mask_token_id = find_mask_token(tokenizer, target_config.get_text_config().vocab_size)
     return build_draft_config(
         target_config,
@@ -266,6 +266,8 @@ def draft_config_of(
         head_dim=draft.head_dim,
         intermediate_size=draft.intermediate_size,
         sliding_window=draft.sliding_window,
+        ttt_length=draft.ttt_length,
+        step_loss_decay=config.train.loss.step_decay,
         draft_vocab_size=draft.vocab_size,
         embedding_scale=adapter.embedding_scale(target_config),
         logit_scale=adapter.logit_scale(target_config),
@@ -275,7 +277,7 @@ def draft_config_of(
     )
 
 
-def _in_aligned_memory(draft: DSparkModel) -> DSparkModel:
+def _in_aligned_memory(draft: DraftModel) -> DraftModel:
     """Move the weights out of the mapped file. On CPUs the last bit of a matrix product depends on the alignment of its
     inputs, and a resumed run has to repeat those of an uninterrupted one."""
     for parameter in draft.parameters():

@@ -14,9 +14,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from deepspec.config import ConfigError, DraftConfig
-from deepspec.drafts import DraftSettings, DSparkModel, build_draft
-from deepspec.drafts.configuration import ARCHITECTURES, QWEN3
-from deepspec.drafts.dspark import TargetWeights
+from deepspec.drafts import DraftModel, DraftSettings, build_draft
+from deepspec.drafts.base import TargetWeights
+from deepspec.drafts.configuration import ARCHITECTURES
+from deepspec.drafts.eagle3_configuration import QWEN3_EAGLE3, is_eagle3
 from deepspec.drafts.families import head_dim_of
 from deepspec.drafts.loading import find_draft_folder, read_draft, read_draft_config
 
@@ -36,7 +37,7 @@ def filled_in(draft: DraftConfig, start_from: str | None) -> DraftConfig:
         "mask_token_id": settings.mask_token_id,
         "vocab_size": settings.draft_vocab_size,
     }
-    if ARCHITECTURES[config.model_type] == QWEN3:  # the only one whose sizes can be set
+    if config.model_type == "qwen3":  # the only one whose sizes can be set
         earlier |= _sizes(config)
     open_keys: dict[str, Any] = {key: value for key, value in earlier.items() if getattr(draft, key) is None}
     return replace(draft, **open_keys)
@@ -70,11 +71,12 @@ def _settings(config: PreTrainedConfig) -> dict[str, object]:
     """What `draft.*` says about a draft, by its keys. A head's details count only where there is that head."""
     settings = DraftSettings.of(config)
     read: dict[str, object] = {
-        "draft.architecture": ARCHITECTURES[config.model_type],
+        "draft.architecture": QWEN3_EAGLE3 if is_eagle3(config) else ARCHITECTURES[config.model_type],
         "draft.algorithm": settings.algorithm,
         "draft.num_layers": config.num_hidden_layers,
-        "draft.block_size": settings.block_size,
+        "draft.block_size": None if is_eagle3(config) else settings.block_size,
         "draft.sample_from_anchor": settings.sample_from_anchor,
+        "draft.ttt_length": settings.block_size if is_eagle3(config) else None,
         "draft.target_layer_ids": list(settings.target_layer_ids),
         "draft.mask_token_id": settings.mask_token_id,
         "draft.markov_rank": settings.markov_rank,
@@ -94,7 +96,7 @@ def _shown(value: object) -> str:
 
 
 @torch.no_grad()
-def started_from(start_from: str, config: PreTrainedConfig, target: TargetWeights, seed: int) -> DSparkModel:
+def started_from(start_from: str, config: PreTrainedConfig, target: TargetWeights, seed: int) -> DraftModel:
     """A draft of this config with the trained weights and the vocabulary of an earlier one, and the embedding and head
     of its own target.
 
