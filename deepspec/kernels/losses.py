@@ -328,7 +328,7 @@ def _parts(table: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Which rows, and the rows in `dtype`: all at once if they have it already, else so few that they are cheap."""
     step = table.shape[0] if table.dtype == dtype else max(1, CONVERTED_ELEMENTS // table.shape[1])
     for start in range(0, table.shape[0], step):
-        rows = slice(start, start + step)
+        rows = slice(start, min(start + step, table.shape[0]))
         yield rows, table[rows].to(dtype)
 
 
