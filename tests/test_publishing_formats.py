@@ -121,6 +121,7 @@ def test_tokens_a_round_of_the_speculators_layout(
 
 
 def test_transformers_drafts_with_what_is_exported_for_it(tmp_path: Path) -> None:
+    pytest.importorskip("transformers.models.muse_glimmer_assistant", reason="Transformers before 5.24 does not draft")
     export(write_draft("fill_in", tmp_path / "a"), "transformers", tmp_path / "b")
     draft, report = AutoModel.from_pretrained(tmp_path / "b", output_loading_info=True)
     assert not any(report.values())
