@@ -157,6 +157,15 @@ def test_a_draft_is_published_in_another_format(
     assert all(torch.equal(loaded[key], weight) for key, weight in original.items())
 
 
+def test_an_eagle3_draft_is_published_for_vllm(goldens: Path, tmp_path: Path) -> None:
+    command = ["push", f"checkpoint={goldens / 'ckpt_eagle3'}", REPO, "dry_run=true", f"output_dir={tmp_path / 'hub'}"]
+    assert main([*command, "format=speculators", "target=me/target"]) == 0
+    card = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
+    assert '"method": "eagle3", "model": "me/my-draft"' in card
+    assert "| Tokens drafted a round | 7 |" in card
+    assert "Mask token" not in card
+
+
 def test_formats_that_cannot_hold_the_draft_are_refused(
     draft_folder: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from deepspec.decoding.calibration import CALIBRATION_FILE
 from deepspec.drafts.configuration import DraftSettings, architecture_of
+from deepspec.drafts.eagle3_configuration import EAGLE3
 from deepspec.evaluation.markdown import markdown_table
 from deepspec.evaluation.statistics import Estimate
 from deepspec.evaluation.summary import show_estimate, show_number
@@ -19,10 +20,11 @@ from deepspec.publishing.source import DraftSource
 from deepspec.publishing.target_names import is_hub_id, target_title
 
 PLOT_NAME = "tau.png"
-TITLES = {"dspark": "DSpark", "dflash": "DFlash"}
+TITLES = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "Eagle3"}
 PAPERS = {
     "dspark": "[DSpark](https://arxiv.org/abs/2607.05147)",
     "dflash": "[DFlash](https://arxiv.org/abs/2602.06036)",
+    "eagle3": "[EAGLE-3](https://arxiv.org/abs/2503.01840)",
 }
 # What the card shows of a run's config.yaml, with its title.
 TRAINING_ROWS = {
@@ -79,7 +81,7 @@ def build_card(
         _results(evaluation, with_plot),
         usage_section(source.config, repo_id, its_format),
         serving_section(source.config, repo_id, its_format, revision, has_calibration=CALIBRATION_FILE in source.files),
-        _architecture(source, settings),
+        _architecture(source, settings, its_format),
         _training(source),
         _samples(evaluation),
         _license(license_name),
@@ -144,27 +146,29 @@ def _results(evaluation: Evaluation | None, with_plot: bool) -> str:
     return "\n\n".join(part for part in ("## Results", table, legend, conditions and f"{conditions}.", plot) if part)
 
 
-def _architecture(source: DraftSource, settings: DraftSettings) -> str:
+def _architecture(source: DraftSource, settings: DraftSettings, its_format: Format) -> str:
     config = source.config
     with_markov = " (reads the Markov embedding too)" if settings.confidence_head_with_markov else ""
     markov = f"{settings.markov_head_type}, rank {settings.markov_rank}" if settings.markov_rank else "none"
     facts = [
         ("Class", f"`{architecture_of(config)}`"),
         ("Draft layers", str(config.num_hidden_layers)),
-        ("Block size", str(settings.block_size)),
         ("Tokens drafted a round", str(settings.draft_length)),
         ("Captured target layers", f"{list(settings.target_layer_ids)} of {settings.num_target_layers} (0-based)"),
-        ("Markov head", markov),
-        ("Confidence head", f"yes{with_markov}" if settings.confidence_head else "none"),
-        ("Context window", f"{settings.context_window} tokens" if settings.context_window else "whole context"),
-        ("Mask token id", str(settings.mask_token_id)),
         ("Hidden size, vocabulary", f"{config.hidden_size}, {config.vocab_size}"),
         ("Tokens it can propose", f"{settings.draft_vocab_size or 'all'}"),
         ("Heads, key/value heads", f"{config.num_attention_heads}, {config.num_key_value_heads}"),
     ]
-    note = (
-        "The embedding and the output head are the target's own, frozen, and stored so that the draft loads by itself."
-    )
+    if settings.algorithm != EAGLE3:
+        facts += [
+            ("Block size", str(settings.block_size)),
+            ("Markov head", markov),
+            ("Confidence head", f"yes{with_markov}" if settings.confidence_head else "none"),
+            ("Context window", f"{settings.context_window} tokens" if settings.context_window else "whole context"),
+            ("Mask token id", str(settings.mask_token_id)),
+        ]
+    stored = "left out here" if its_format.left_out else "stored so that the draft loads by itself"
+    note = f"The embedding and the output head are the target's own, frozen, and {stored}."
     return f"## Architecture\n\n{markdown_table(('', ''), facts)}\n\n{note}"
 
 

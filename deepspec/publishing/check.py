@@ -79,7 +79,7 @@ def examine(path: Path, engines: Iterable[str]) -> Report:
         return Report(findings, {name: _gone_through(ENGINES[name].examine_unknown(folder)) for name in engines})
     kind = draft.kind
     findings.append(
-        fine(f"a {kind.algorithm} draft in the {draft.format.name} format, {kind.draft_length} tokens a round")
+        fine(f"{kind.algorithm} draft in the {draft.format.name} format, {kind.draft_length} tokens a round")
     )
     return Report(findings, {name: _gone_through(ENGINES[name].examine(draft)) for name in engines})
 

@@ -102,7 +102,7 @@ def import_draft(options: ImportOptions) -> Path:
 def _convert(draft: OpenedDraft, chosen: Format, output: Path, target: TargetChoice) -> Path:
     with written_whole(output) as folder:
         write_draft(draft, chosen, folder, target)
-    print(f"{output}: a {draft.kind.algorithm} draft in the {chosen.name} format ({chosen.description})")
+    print(f"{output}: {draft.kind.algorithm} draft in the {chosen.name} format ({chosen.description})")
     print(f"what each engine would do with it: python -m deepspec.publishing check path={output}")
     return output
 
