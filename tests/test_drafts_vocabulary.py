@@ -20,8 +20,9 @@ from training_world import assert_same_end, tiny_run
 from deepspec.checkpoints import checkpoint_folder
 from deepspec.config import ConfigError, LossConfig
 from deepspec.data.dataset import ConversationDataset
-from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
-from deepspec.drafts import DSparkModel, build_draft, load_draft
+from deepspec.decoding import Request, SpeculativeEngine
+from deepspec.decoding.proposing import proposer_of
+from deepspec.drafts import DraftModel, build_draft, load_draft
 from deepspec.drafts.vocabulary import choose_tokens
 from deepspec.targets import load_target, load_tokenizer
 from deepspec.training import train
@@ -29,10 +30,18 @@ from deepspec.training.objective import DraftTrainingModule
 from deepspec.training.setup import load_datasets
 
 FILL_IN = {"algorithm": "dflash", "markov_rank": 0, "confidence_head": False, "sample_from_anchor": False}
+EAGLE3: dict[str, Any] = {
+    "algorithm": "eagle3",
+    "architecture": "Qwen3Eagle3Model",
+    "num_layers": 1,
+    "markov_rank": 0,
+    "confidence_head": False,
+    "ttt_length": 2,
+}
 KEPT = torch.tensor([0, 3, 4, 9, 17, 18, 30, 44, 59, 60])
 
 
-def keeping(draft: DSparkModel, target: Any, kept: torch.Tensor) -> DSparkModel:
+def keeping(draft: DraftModel, target: Any, kept: torch.Tensor) -> DraftModel:
     draft.keep_tokens(kept)
     draft.tie_to_target(target)
     return draft
@@ -118,39 +127,40 @@ def test_losses_are_over_the_targets_whole_distribution(tiny_batch: TinyBatch, c
     assert "target_head" not in DraftTrainingModule(draft, loss, target.head_weight.detach()).state_dict()
 
 
-@pytest.mark.parametrize("changes", [{}, {"markov_head_type": "gated"}, FILL_IN])
+@pytest.mark.parametrize("changes", [{}, {"markov_head_type": "gated"}, FILL_IN, EAGLE3])
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
 def test_greedy_text_is_the_targets(changes: dict[str, Any], penalty: float) -> None:
     target = random_target()
     kept = torch.arange(0, 61, 2)
     draft = keeping(random_draft(target, draft_vocab_size=31, **changes), target, kept)
     prompts = [[3, 1, 4, 1, 5], [9, 2], [6, 5, 3]]
-    engine = SpeculativeEngine(target, DSparkProposer(draft, target), slots=2, max_length=64)
+    engine = SpeculativeEngine(target, proposer_of(draft, target), slots=2, max_length=64)
     completions = engine.generate([Request(prompt, 20, repetition_penalty=penalty) for prompt in prompts])
     expected = [generated(target, prompt, 20, repetition_penalty=penalty) for prompt in prompts]
     assert [completion.output_ids for completion in completions] == expected
 
 
 @cache
-def tiny_pruned_draft(fill_in: bool) -> DSparkModel:
+def tiny_pruned_draft(kind: str) -> DraftModel:
     """Of `tiny_target`, whose six tokens it knows four of; drafts two tokens a round."""
     shape = {"num_layers": 1, "block_size": 2, "target_layer_ids": (0, 1), "mask_token_id": 0, "markov_rank": 4}
-    changes = FILL_IN | {"block_size": 3} if fill_in else {}
+    changes = {"dspark": {}, "fill-in": FILL_IN | {"block_size": 3}, "eagle3": EAGLE3}[kind]
     draft = random_draft(tiny_target(), **(shape | changes), draft_vocab_size=4, seed=1, scale=0.5)
     return keeping(draft, tiny_target(), torch.tensor([0, 2, 3, 5]))
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize(
-    ("fill_in", "sampling"),
+    ("kind", "sampling"),
     [
-        (False, {"temperature": 1.0}),
-        (True, {"temperature": 0.7}),
-        (False, {"temperature": 1.2, "top_k": 5, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 0.6}),
+        ("dspark", {"temperature": 1.0}),
+        ("fill-in", {"temperature": 0.7}),
+        ("eagle3", {"temperature": 1.0, "repetition_penalty": 1.8}),
+        ("dspark", {"temperature": 1.2, "top_k": 5, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 0.6}),
     ],
 )
-def test_sampled_text_follows_the_target(rule: str, fill_in: bool, sampling: dict[str, Any]) -> None:
-    engine = engine_of(DSparkProposer(tiny_pruned_draft(fill_in), tiny_target()), verification=rule)
+def test_sampled_text_follows_the_target(rule: str, kind: str, sampling: dict[str, Any]) -> None:
+    engine = engine_of(proposer_of(tiny_pruned_draft(kind), tiny_target()), verification=rule)
     completions = sampled(engine, sampling)
     values = p_values(completions, sampling)
     assert min(values) > ACCEPTABLE, values
@@ -184,11 +194,14 @@ def test_a_run_keeps_what_its_data_uses(training_world: Path, pruned_run: Any) -
     assert 0 < pruned_run.metrics["accept_rate@1"] < 1
 
 
-def test_it_resumes_exactly_and_is_a_start(training_world: Path, pruned_run: Any, tmp_path: Path) -> None:
+def test_it_resumes_exactly_and_is_a_start(
+    training_world: Path, pruned_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(pruned_run.checkpoint.parents[1], tmp_path / "cut")
     shutil.rmtree(checkpoint_folder(tmp_path / "cut", 4))
     resumed = train(tiny_run(training_world, tmp_path / "cut", draft={"vocab_size": 40}, steps=4))
     assert_same_end(pruned_run.checkpoint, resumed.checkpoint)
+    assert "the draft proposes 40 of 280 tokens, which are " in capsys.readouterr().out
     start = {"steps": 1, "lr": 0.0, "start_from": str(pruned_run.checkpoint)}
     after = train(tiny_run(training_world, tmp_path / "next", **start))
     before, weights = (load_file(run.checkpoint / "draft" / "model.safetensors") for run in (pruned_run, after))

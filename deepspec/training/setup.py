@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -35,7 +36,7 @@ from deepspec.targets import (
 )
 from deepspec.targets.positions import check_positions
 from deepspec.training.resume import check_same_target
-from deepspec.training.vocabulary import most_used_tokens
+from deepspec.training.vocabulary import describe_vocabulary, most_used_tokens
 from deepspec.training.warm_start import check_settings, filled_in, started_from
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ class Materials:
     pad_id: int
     target_dtype: torch.dtype
     target_head: torch.Tensor | None  # [vocab, hidden], where the draft has a part of it
+    vocabulary_summary: str | None  # what the draft can propose, in a line; None = all
     target_summary: str  # what of the target is in memory, in a line
 
 
@@ -106,8 +108,11 @@ def prepare_materials(
     draft_config.target_fingerprint = target.fingerprint
     draft_config.target_gguf_file = config.target.gguf_file
     rendering.record_in(draft_config)
+    size, counts = DraftSettings.of(draft_config).draft_vocab_size, None
+    if size is not None:
+        counts = train_set.supervised_counts(draft_config.vocab_size)
     if checkpoint is None:
-        draft = _new_draft(config, draft_config, target, train_set, tokenizer)
+        draft = _new_draft(config, draft_config, target, counts, tokenizer)
     else:
         draft = _continued_draft(checkpoint, draft_config, target)
     features = _feature_source(config, target, draft_config, tokenizer, accelerator.device)
@@ -122,6 +127,7 @@ def prepare_materials(
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         target_dtype=target.dtype,
         target_head=target.head_weight.detach() if draft.is_pruned else None,
+        vocabulary_summary=None if counts is None else describe_vocabulary(draft, counts),
         target_summary=describe_target(target) if isinstance(target, Target) else describe_head(target),
     )
 
@@ -146,14 +152,13 @@ def _new_draft(
     config: TrainRun,
     draft_config: PreTrainedConfig,
     target: Target | TargetHead,
-    train_set: ConversationDataset,
+    counts: np.ndarray | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> DraftModel:
+    """Args: `counts` of the tokens to predict, for a draft with a vocabulary of its own."""
     if config.train.start_from is not None:
         return started_from(config.train.start_from, draft_config, target, config.seed)
-    kept, size = None, DraftSettings.of(draft_config).draft_vocab_size
-    if size is not None:
-        kept = most_used_tokens(train_set, tokenizer, draft_config.vocab_size, size)
+    kept = None if counts is None else most_used_tokens(counts, tokenizer, draft_config.draft_vocab_size)
     draft = build_draft(draft_config, target, seed=config.seed, kept_tokens=kept)
     if config.draft.start_from_target:
         draft.start_from_target(target)

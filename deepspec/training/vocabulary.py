@@ -2,36 +2,33 @@
 
 from __future__ import annotations
 
-import logging
-
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from deepspec.data.dataset import ConversationDataset
-from deepspec.drafts.vocabulary import choose_tokens
-
-logger = logging.getLogger(__name__)
+from deepspec.drafts.vocabulary import DraftVocabulary, choose_tokens
 
 
-def most_used_tokens(
-    dataset: ConversationDataset, tokenizer: PreTrainedTokenizerBase, vocab_size: int, size: int
-) -> Tensor:
-    """The special tokens and those that are most often to be predicted in the data: target ids, long [size], ascending.
+def most_used_tokens(counts: np.ndarray, tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
+    """The special tokens and those that are most often to be predicted: target ids, long [size], ascending.
 
-    A pure function of data and tokenizer, so all ranks find the same.
+    Args:
+        counts: [vocab], see `ConversationDataset.supervised_counts`: the same on all ranks.
 
     Raises:
         ConfigError: no room for the special tokens.
     """
     added = tokenizer.added_tokens_decoder.items()
     special = {*tokenizer.all_special_ids, *(id for id, token in added if token.special)}
-    counts = dataset.supervised_counts(vocab_size)
-    kept = choose_tokens(counts, [id for id in special if id < vocab_size], size)
-    logger.info(
-        "draft.vocab_size=%d of %d tokens: %.2f %% of what the training data has to predict",
-        size,
-        vocab_size,
-        100 * counts[kept].sum() / counts.sum(),
+    return torch.from_numpy(choose_tokens(counts, [id for id in special if id < len(counts)], size))
+
+
+def describe_vocabulary(draft: DraftVocabulary, counts: np.ndarray) -> str:
+    """What a draft with a vocabulary of its own can propose, in a line."""
+    known = draft.t2d.cpu().numpy()
+    share = counts[known].sum() / max(counts.sum(), 1)
+    return (
+        f"the draft proposes {known.sum():,} of {len(known):,} tokens, which are {100 * share:.2f} % of what the "
+        "training data has to predict"
     )
-    return torch.from_numpy(kept)
