@@ -26,7 +26,8 @@ from benchmarks.head_cost import head_share
 from benchmarks.summary import spread, summary, write_record
 from deepspec import load_draft
 from deepspec.arguments import run_command
-from deepspec.decoding import DSparkProposer, LookupProposer, Proposer, Request, SpeculativeEngine, Timing
+from deepspec.config import ConfigError
+from deepspec.decoding import LookupProposer, Proposer, Request, SpeculativeEngine, Timing, proposer_of
 from deepspec.decoding.calibration import load_calibration
 from deepspec.decoding.policies import ConfidenceThreshold, PolicySetup, build_policy
 from deepspec.decoding.sps import load_table
@@ -86,13 +87,13 @@ def ways_to_decode(
     setup = scheduler_setup(options, draft, target.device)
     ways = {
         GENERATE: Way(lambda: generate(options, target, requests)),
-        LOOKUP: Way(lambda: generate(options, target, requests, prompt_lookup_num_tokens=draft.block_size)),
+        LOOKUP: Way(lambda: generate(options, target, requests, prompt_lookup_num_tokens=draft.draft_length)),
         GROWING: Way(lambda: one_by_one(target, draft, requests)),
     }
     for size in sizes_of(options):
         ways |= with_the_engine(options, target, draft, setup, requests, size, against=[GENERATE, GROWING])
-        lookup = LookupProposer(draft.block_size)
-        found = ConfidenceThreshold(0.5, draft.block_size)
+        lookup = LookupProposer(draft.draft_length)
+        found = ConfidenceThreshold(0.5, draft.draft_length)
         run = engine(options, target, lookup, requests, size, policy=found)
         ways[f"prompt lookup, batch {size}"] = Way(run, [f"plain, batch {size}", LOOKUP])
     for name, of_set in sets.items():
@@ -115,12 +116,12 @@ def with_the_engine(
     ways = {
         plain: Way(engine(options, target, None, requests, size), against),
         f"speculative, batch {size}{of}": Way(
-            engine(options, target, DSparkProposer(draft, target), requests, size), [plain, *against]
+            engine(options, target, proposer_of(draft, target), requests, size), [plain, *against]
         ),
     }
     if setup:
         policy = build_policy("asynchronous", replace(setup, rows=size))
-        run = engine(options, target, DSparkProposer(draft, target), requests, size, policy=policy)
+        run = engine(options, target, proposer_of(draft, target), requests, size, policy=policy)
         ways[f"asynchronous scheduler, batch {size}{of}"] = Way(run, [plain, *against])
     return ways
 
@@ -133,9 +134,9 @@ def scheduler_setup(options: BenchmarkOptions, draft: DSparkModel, device: torch
     """For one row; None = no table was given."""
     if options.sps is None:
         return None
-    temperatures = load_calibration(find_draft_folder(options.checkpoint), draft.block_size)
+    temperatures = load_calibration(find_draft_folder(options.checkpoint), draft.draft_length)
     has_confidences, table = draft.confidence_head is not None, load_table(options.sps)
-    return PolicySetup(draft.block_size, 1, has_confidences, device, sps=table, temperatures=temperatures)
+    return PolicySetup(draft.draft_length, 1, has_confidences, device, sps=table, temperatures=temperatures)
 
 
 def engine(
@@ -252,6 +253,8 @@ def main(options: BenchmarkOptions) -> None:
     tokenizer = load_tokenizer(options.target)
     stops = stop_tokens(options.target, None, tokenizer)
     draft, seeds = load_draft(options.checkpoint, dtype=target.dtype, device=device, target=target), count()
+    if not isinstance(draft, DSparkModel):
+        raise ConfigError(f"checkpoint={options.checkpoint}: this benchmark is for DSpark and DFlash")
     sets = {
         name: [
             Request(prompt.ids, options.max_new_tokens, options.temperature, seed=next(seeds), stop_token_ids=stops)

@@ -104,7 +104,7 @@ class Workbench:
     def _rounds(self, batch: int, draft: DSparkModel | None, with_kernels: bool = False) -> dict[str, Any]:
         """Prefill and rounds of `batch` rows; without a draft plain steps."""
         options, before = self.options, held(self.device)
-        new_tokens = (WARM_UP + options.rounds + 2) * ((draft.block_size if draft else 0) + 1)
+        new_tokens = (WARM_UP + options.rounds + 2) * ((draft.draft_length if draft else 0) + 1)
         columns = -(-(options.context + new_tokens + 8) // COLUMNS) * COLUMNS
         proposer = DSparkProposer(draft, self.target, allow_other_target=True) if draft else None
         engine = SpeculativeEngine(self.target, proposer, slots=batch, max_length=columns, graphs=True)
@@ -166,7 +166,7 @@ def draft_bytes(draft: DSparkModel, batch: int, context: int) -> int:
     cached keys and values of all rows."""
     weights = sum(weight.nbytes for weight in [*draft.layers.parameters(), draft.lm_head.weight])
     if draft.markov_head is not None:
-        weights += draft.block_size * draft.markov_head.markov_w2.weight.nbytes
+        weights += draft.draft_length * draft.markov_head.markov_w2.weight.nbytes
     attention = cast(DraftLayer, draft.layers[0]).self_attn
     cached = 2 * len(draft.layers) * attention.kv_heads * attention.head_dim * draft.lm_head.weight.itemsize
     return weights + batch * context * cached

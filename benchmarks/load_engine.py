@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.load_serving import EngineServer
-from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+from deepspec.decoding import Request, SpeculativeEngine, proposer_of
 from deepspec.decoding.policies import Policy
 from deepspec.decoding.profile import ProfileOptions, profile
 from deepspec.drafts import load_draft
@@ -46,7 +46,7 @@ class EngineLoad:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._target = load_target(target, device=self.device)
         self._draft = load_draft(checkpoint, dtype=self._target.dtype, device=self.device, target=self._target)
-        self.block_size = self._draft.block_size
+        self.block_size = self._draft.draft_length
         self.has_confidences = self._draft.confidence_head is not None
         tokenizer = load_tokenizer(target)
         stops, seeds = stop_tokens(target, None, tokenizer), count()
@@ -62,7 +62,7 @@ class EngineLoad:
 
     def server(self, slots: int, policy: Policy | None) -> EngineServer:
         """An engine; without a policy one that decodes plainly."""
-        proposer = DSparkProposer(self._draft, self._target) if policy else None
+        proposer = proposer_of(self._draft, self._target) if policy else None
         return EngineServer(
             SpeculativeEngine(self._target, proposer, slots=slots, max_length=self._max_length, policy=policy)
         )

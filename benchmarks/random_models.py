@@ -45,4 +45,6 @@ def random_draft(target: Target, layers: int, layer_ids: Sequence[int], rank: in
         num_anchors=anchors,
     )
     with target.device:
-        return build_draft(config, target, seed=0)
+        draft = build_draft(config, target, seed=0)
+    assert isinstance(draft, DSparkModel)
+    return draft

@@ -41,7 +41,7 @@ def with_every_slot(batch: MicroBatch, block_size: int) -> MicroBatch:
         return values.new_zeros(len(slots)).index_copy_(0, batch.blocks["slots"], values)
 
     blocks |= {name: spread(batch.blocks[name]) for name in ("targets", "sources", "weights")}
-    return MicroBatch(batch.tokens, blocks | {"slots": slots}, batch.weight_sum)
+    return MicroBatch(batch.tokens, blocks | {"slots": slots}, batch.divisor)
 
 
 class PaddedFeatures:

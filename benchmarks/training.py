@@ -155,7 +155,7 @@ def measure(way: str, options: TrainingOptions) -> dict[str, float]:
     shape = SHAPES[options.model]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target, module = build(shape, device)
-    block_size = module.draft.block_size
+    block_size = module.draft.draft_length
     features: Source = (PaddedFeatures if way == PLAIN else OnlineFeatures)(target, shape.layer_ids)
     if options.features == GIVEN:
         features = GivenFeatures(target, shape.layer_ids)
@@ -206,7 +206,7 @@ def train_step(
 ) -> float:
     """As `Trainer` steps, without accelerate."""
     device = next(module.parameters()).device
-    weight_sum = sum(batch.weight_sum for batch in batches)
+    divisor = sum(batch.divisor for batch in batches)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     loss = torch.zeros((), device=device)
     for batch in batches:
@@ -220,8 +220,8 @@ def train_step(
                 with_metrics=False,
             )
         with meter.part("backward"):
-            (sums["loss"] / weight_sum).backward()
-        loss += sums["loss"].detach() / weight_sum
+            (sums["loss"] / divisor).backward()
+        loss += sums["loss"].detach() / divisor
     with meter.part("optimizer"):
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()

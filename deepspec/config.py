@@ -34,14 +34,16 @@ class TargetConfig:
 
 @dataclass
 class DraftConfig:
-    algorithm: str = "dspark"  # dspark (sequential and confidence heads) or dflash (backbone alone)
-    architecture: str = "Qwen3DSparkModel"  # for every target; Gemma4DSparkModel only for Gemma 4 targets
+    algorithm: str = "dspark"  # dspark (sequential and confidence heads), dflash (backbone alone) or eagle3
+    architecture: str = "Qwen3DSparkModel"  # for every target; Gemma4DSparkModel for Gemma 4; Eagle3: Qwen3Eagle3Model
     num_layers: int = 5  # draft decoder layers
     num_heads: int | None = None  # attention heads; null = the target's where they fit (drafts/shapes.py)
     num_kv_heads: int | None = None  # key/value heads, a divisor of the heads; null likewise
     head_dim: int | None = None  # width of a head, even; null likewise
     intermediate_size: int | None = None  # width of the MLP; null = the target's, 3 * hidden size for narrow experts
-    block_size: int = 7  # gamma: tokens drafted per round
+    block_size: int = 7  # slots of a block, the anchor's among them; not of Eagle3
+    sample_from_anchor: bool = True  # the anchor's slot predicts too: block_size tokens a round; false = one fewer
+    ttt_length: int = 7  # Eagle3: steps of its training, and the most tokens drafted per round
     target_layer_ids: list[int] | None = (
         None  # captured target layers, 0-based, -1 = embedding output; null = spread evenly
     )
@@ -52,6 +54,9 @@ class DraftConfig:
     confidence_head_with_markov: bool = True  # the confidence head also reads the previous token's Markov embedding
     start_from_target: bool = False  # begin as the target's last layers and final norm; they must be like the draft's
     sliding_window: int | None = None  # a block sees only this many context tokens; null = all
+    vocab_size: int | None = (
+        None  # it proposes only this many tokens, those that the training data uses most; null = all
+    )
 
 
 @dataclass
@@ -92,7 +97,9 @@ class LossConfig:
     ce: float = 0.1  # weight of the cross-entropy
     tv: float = 0.9  # weight of the total variation between draft and target
     confidence: float = 1.0  # weight of the confidence head's binary cross-entropy
-    decay: float = 4.0  # g in w_k = exp(-(k-1)/g); slots
+    decay: float = 4.0  # g in w_k = exp(-(k-1)/g); slots; not of Eagle3
+    step_decay: float = 0.8  # Eagle3: w_k = step_decay^(k-1) of step k
+    divisor: str = "supervised"  # divide by the supervised weights; published: by all tokens, prompts and padding too
 
 
 @dataclass
@@ -104,7 +111,7 @@ class TrainConfig:
     tokens_per_batch: int | None = None  # instead: samples packed into one row of at most this many tokens
     compile: bool = False  # torch.compile the draft's layers
     activation_checkpointing: bool = False  # compute a draft layer's activations again in the backward pass
-    num_anchors: int = 512  # A: blocks per sample
+    num_anchors: int = 512  # A: blocks per sample; Eagle3 trains at every position
     lr: float = 6e-4  # peak learning rate of AdamW
     weight_decay: float = 0.0
     warmup_ratio: float = 0.04  # fraction of all steps
@@ -208,14 +215,15 @@ class EvalRun:
 CHOICES: dict[str, tuple[str, ...]] = {
     "target.dtype": ("auto", "float32", "bfloat16", "float16"),
     "target.device_map": ("auto", "balanced", "balanced_low_0", "sequential"),
-    "draft.algorithm": ("dspark", "dflash"),
-    "draft.architecture": ("Qwen3DSparkModel", "Gemma4DSparkModel"),
+    "draft.algorithm": ("dspark", "dflash", "eagle3"),
+    "draft.architecture": ("Qwen3DSparkModel", "Gemma4DSparkModel", "Qwen3Eagle3Model"),
     "draft.markov_head_type": ("vanilla", "gated", "rnn"),
     "data.on_bad_row": ("stop", "skip"),
     "features.source": ("online", "cached", "served", "vllm"),
     "features.dtype": ("float32", "bfloat16", "float16"),
     "features.cache_dtype": ("float32", "bfloat16", "float8", "int8"),
     "train.mixed_precision": ("no", "bf16"),
+    "train.loss.divisor": ("supervised", "published"),
     "decode.verification": ("token", "block"),
     "decode.policy": ("fixed", "threshold", "prefix", "asynchronous"),
     "logging.wandb.mode": ("disabled", "offline", "online"),
@@ -229,8 +237,10 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "draft.head_dim": (2, None),
     "draft.intermediate_size": (1, None),
     "draft.block_size": (1, 64),
+    "draft.ttt_length": (1, 64),
     "draft.markov_rank": (0, None),
     "draft.sliding_window": (1, None),
+    "draft.vocab_size": (1, None),
     "data.eval_samples": (1, None),
     "data.max_length": (2, None),
     "data.min_supervised_tokens": (0, None),
@@ -258,6 +268,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "train.loss.tv": (0, None),
     "train.loss.confidence": (0, None),
     "train.loss.decay": (1e-6, None),
+    "train.loss.step_decay": (1e-6, 1),
     "decode.max_new_tokens": (1, None),
     "decode.batch_size": (1, None),
     "decode.max_length": (2, None),
@@ -359,10 +370,11 @@ def _validate_training(config: TrainRun) -> None:
         )
     if train.loss.ce == train.loss.tv == 0:
         raise ConfigError("train.loss.ce=0 and train.loss.tv=0: nothing would train the draft; set one above 0")
-    if draft.algorithm == "dflash" and (draft.markov_rank or draft.confidence_head):
+    if draft.algorithm != "dspark" and (draft.markov_rank or draft.confidence_head):
         raise ConfigError(
-            f"draft.algorithm=dflash has no heads, but draft.markov_rank={draft.markov_rank} and "
-            f"draft.confidence_head={draft.confidence_head}; choose the group with draft=dflash, or set 0 and false"
+            f"draft.algorithm={draft.algorithm} has no heads, but draft.markov_rank={draft.markov_rank} and "
+            f"draft.confidence_head={draft.confidence_head}; choose the group with draft={draft.algorithm}, or set 0 "
+            "and false"
         )
 
 

@@ -72,7 +72,7 @@ def test_flatten_and_leaf_types_agree():
         ("draft.block_size=0", "draft.block_size=0: must be at least 1 and at most 64"),
         ("train.lr=-1", "train.lr=-1.0: must be at least 0"),
         ("train.warmup_ratio=1.5", "train.warmup_ratio=1.5: must be at least 0 and at most 1"),
-        ("draft.algorithm=dsprak", "must be one of dspark, dflash. Did you mean 'dspark'?"),
+        ("draft.algorithm=dsprak", "must be one of dspark, dflash, eagle3. Did you mean 'dspark'?"),
         ("draft.algorithm=dflash", "has no heads, but draft.markov_rank=64"),
         ("data.train_files=[]", "name at least one JSONL file"),
         ("train.micro_batch_size=3", "train.tokens_per_batch=2048: padded and packed batches exclude each other"),

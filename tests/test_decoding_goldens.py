@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from deepspec import load_draft
-from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+from deepspec.decoding import Request, SpeculativeEngine, proposer_of
 from deepspec.decoding.policies import ConfidenceThreshold
 from deepspec.targets import load_target
 
 GOLDENS = Path(__file__).parent / "goldens"
-DRAFTS = ["dspark_vanilla", "dspark_gated", "dspark_rnn", "dflash"]
+DRAFTS = ["dspark_vanilla", "dspark_gated", "dspark_rnn", "dflash", "eagle3"]
 RUNS = ["default", "confidence_threshold_0.5", "stop_token"]
 
 
@@ -23,29 +23,30 @@ def target():
     return load_target(str(GOLDENS / "target"))
 
 
-class RecordingProposer(DSparkProposer):
-    """Keeps every proposal of a single-row run."""
+def recorded(proposer, monkeypatch):
+    """Every proposal of a single-row run: tokens and confidence logits."""
+    proposals, propose = [], proposer.propose
 
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.proposals = []
-
-    def propose(self, *args):
-        proposal = super().propose(*args)
+    def record(*args):
+        proposal = propose(*args)
         confidences = None if proposal.confidences is None else proposal.confidences[0].logit().tolist()
-        self.proposals.append((proposal.tokens[0].tolist(), confidences))
+        proposals.append((proposal.tokens[0].tolist(), confidences))
         return proposal
+
+    monkeypatch.setattr(proposer, "propose", record)
+    return proposals
 
 
 @pytest.mark.parametrize("run_name", RUNS)
 @pytest.mark.parametrize("name", DRAFTS)
-def test_golden_trace(name, run_name, target):
+def test_golden_trace(name, run_name, target, monkeypatch):
     for case in json.loads((GOLDENS / f"{name}.json").read_text())["decode"]:
         if run_name not in case["runs"]:
-            assert name == "dflash"
+            assert name in ("dflash", "eagle3")
             continue
         golden = case["runs"][run_name]
-        proposer = RecordingProposer(load_draft(GOLDENS / f"ckpt_{name}"), target)
+        proposer = proposer_of(load_draft(GOLDENS / f"ckpt_{name}"), target)
+        proposals = recorded(proposer, monkeypatch)
         threshold = golden["confidence_threshold"]
         policy = ConfidenceThreshold(threshold, proposer.block_size) if threshold else None
         engine = SpeculativeEngine(target, proposer, max_length=128, policy=policy)
@@ -57,7 +58,7 @@ def test_golden_trace(name, run_name, target):
         assert [r.accepted for r in completion.rounds] == golden["accepted_draft_lengths"][:rounds]
         assert [r.proposed for r in completion.rounds] == golden["proposal_lengths"][:rounds]
         assert 1 + sum(r.emitted for r in completion.rounds) == len(golden["output_ids"])
-        for (tokens, confidences), expected in zip(proposer.proposals, golden["proposals"], strict=False):
+        for (tokens, confidences), expected in zip(proposals, golden["proposals"], strict=False):
             verified = len(expected["draft"])
             assert tokens[:verified] == expected["draft"]
             if expected["confidence"]:

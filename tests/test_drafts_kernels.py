@@ -96,16 +96,16 @@ def test_flex_attention_equals_masked_attention(inputs: Inputs) -> None:
 def test_the_flex_mask_is_the_one_that_pytorch_makes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows, blocks, slots = (int(rng.integers(1, largest)) for largest in (3, 90, 9))
-    columns = int(rng.integers(0, 900))
+    columns = int(rng.integers(1, 900))
     first = torch.from_numpy(rng.integers(0, columns + 1, (rows, blocks)) // 3)
     last = (first + torch.from_numpy(rng.integers(0, 600, (rows, blocks)))).clamp(max=columns)
     spans = ContextSpans(first, last)
-    ours = spans.flex_mask(slots, columns)
-    theirs = create_block_mask(ours.mask_mod, rows, None, *ours.seq_lengths, device="cpu")
-    for name in ("kv", "full_kv", "q", "full_q"):
-        counts, indices = (getattr(ours, f"{name}_{what}") for what in ("num_blocks", "indices"))
-        assert torch.equal(counts, getattr(theirs, f"{name}_num_blocks")), name
-        assert torch.equal(indices, getattr(theirs, f"{name}_indices")), name
+    for ours in (spans.flex_mask(slots, columns), spans.context_flex_mask(columns)):
+        theirs = create_block_mask(ours.mask_mod, rows, None, *ours.seq_lengths, device="cpu")
+        for name in ("kv", "full_kv", "q", "full_q"):
+            counts, indices = (getattr(ours, f"{name}_{what}") for what in ("num_blocks", "indices"))
+            assert torch.equal(counts, getattr(theirs, f"{name}_num_blocks")), name
+            assert torch.equal(indices, getattr(theirs, f"{name}_indices")), name
 
 
 def test_flex_attention_under_autocast() -> None:

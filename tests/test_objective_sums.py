@@ -126,7 +126,7 @@ def test_target_probabilities_are_skipped_when_nobody_needs_them(
     full = run(draft, tiny_batch, loss, with_metrics=True)
     assert given == [False, True]
     assert torch.equal(quick["loss"], full["loss"])
-    assert quick.keys() == {"loss", "ce", "weight_sum"}
+    assert quick.keys() == {"loss", "ce", "weight_sum", "divisor"}
     assert full.keys() > quick.keys()
 
 

@@ -18,7 +18,7 @@ from deepspec.evaluation.records import Decoding, Record
 from deepspec.evaluation.summary import results_of, write_results
 from deepspec.files import sha256_of
 from deepspec.publishing.__main__ import main
-from deepspec.publishing.card import is_hub_id, target_title
+from deepspec.publishing.target_names import is_hub_id, target_title
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"picture"
 DraftMaker = Callable[..., DSparkModel]

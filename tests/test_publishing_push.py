@@ -133,6 +133,49 @@ def test_named_checkpoint_is_published_instead_of_the_newest(run_folder: Path, t
     assert "| Optimizer steps done | 10 |" in (out / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("name", ["speculators", "sglang"])
+def test_a_draft_is_published_in_another_format(
+    draft_folder: Path, tmp_path: Path, refused: Callable[..., str], name: str
+) -> None:
+    (draft_folder / "calibration.json").write_text('{"temperatures": [1, 1, 1, 1, 1, 1, 1.5]}')
+    (draft_folder / "sps.json").write_text('{"points": [{"tokens": 1, "steps_per_second": 9.0}]}')
+    out = tmp_path / "hub"
+    command = ["push", f"checkpoint={draft_folder}", REPO, "dry_run=true", f"output_dir={out}", f"format={name}"]
+    if name == "speculators":
+        assert "is not on the Hub; give its Hub id with target=" in refused(*command[1:])
+        assert not out.exists()
+        command.append("target=me/target")
+    assert main(command) == 0
+    calibration = {"speculators": "calibration.json", "sglang": "dspark_sts.json"}[name]
+    assert sorted(file.name for file in out.iterdir()) == sorted(
+        ["README.md", "config.json", "model.safetensors", calibration]
+    ), "an SPS table is of one machine"
+    assert main(command) == 0, "an earlier folder of the same command is replaced"
+    assert main(["import", f"path={out}", f"output_dir={tmp_path / 'back'}"]) == 0
+    loaded = deepspec.load_draft(tmp_path / "back").state_dict()
+    original = load_file(draft_folder / "model.safetensors")
+    assert all(torch.equal(loaded[key], weight) for key, weight in original.items())
+
+
+def test_an_eagle3_draft_is_published_for_vllm(goldens: Path, tmp_path: Path) -> None:
+    command = ["push", f"checkpoint={goldens / 'ckpt_eagle3'}", REPO, "dry_run=true", f"output_dir={tmp_path / 'hub'}"]
+    assert main([*command, "format=speculators", "target=me/target"]) == 0
+    card = (tmp_path / "hub" / "README.md").read_text(encoding="utf-8")
+    assert '"method": "eagle3", "model": "me/my-draft"' in card
+    assert "| Tokens drafted a round | 7 |" in card
+    assert "Mask token" not in card
+
+
+def test_formats_that_cannot_hold_the_draft_are_refused(
+    draft_folder: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    out = f"output_dir={tmp_path / 'hub'}"
+    assert "holds DFlash drafts only" in refused(f"checkpoint={draft_folder}", REPO, "dry_run=true", out, "format=zlab")
+    assert not (tmp_path / "hub").exists()
+    message = refused(f"checkpoint={draft_folder}", REPO, "dry_run=true", out, "format=speculator")
+    assert "Did you mean 'speculators'?" in message
+
+
 def test_sharded_weights_are_published_with_their_index(goldens: Path, tmp_path: Path) -> None:
     draft = deepspec.load_draft(goldens / "ckpt_dspark_vanilla")
     draft.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")

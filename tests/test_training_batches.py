@@ -30,7 +30,7 @@ class Samples:
 
 
 LENGTHS = np.arange(10, 22)
-MAKE = MicroBatchMaker(pad_id=0, packed=False, num_anchors=4, block_size=3, decay=4.0, seed=3)
+MAKE = MicroBatchMaker(pad_id=0, packed=False, num_anchors=4, draft_length=3, decay=4.0, seed=3)
 PACK = replace(MAKE, packed=True)
 
 
@@ -94,7 +94,7 @@ def test_weight_sum_is_that_of_the_labels():
     step = next(training_steps(Samples(), sampler(), MAKE, 0))
     assert len(step) == 2
     for batch in step:
-        assert batch.weight_sum == pytest.approx(float(batch.blocks["weights"].sum()))
+        assert batch.divisor == pytest.approx(float(batch.blocks["weights"].sum()))
         assert batch.num_blocks == 8
         assert batch.tokens.tokens == sum(10 + index for index in indices(batch))
 

@@ -1,9 +1,11 @@
 """The speculative decoder: engine, proposers, verification rules, sampling, caches."""
 
+from deepspec.decoding.chain import Eagle3Proposer
 from deepspec.decoding.engine import SpeculativeEngine
 from deepspec.decoding.lookup import LookupProposer
 from deepspec.decoding.probe import check_decodable
 from deepspec.decoding.proposers import DSparkProposer, Proposal, Proposer
+from deepspec.decoding.proposing import proposer_of
 from deepspec.decoding.requests import Completion, Request, Round, Timing
 from deepspec.decoding.verification import VERIFICATION_RULES, Verdict
 
@@ -11,6 +13,7 @@ __all__ = [
     "VERIFICATION_RULES",
     "Completion",
     "DSparkProposer",
+    "Eagle3Proposer",
     "LookupProposer",
     "Proposal",
     "Proposer",
@@ -20,4 +23,5 @@ __all__ = [
     "Timing",
     "Verdict",
     "check_decodable",
+    "proposer_of",
 ]

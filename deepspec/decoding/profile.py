@@ -27,7 +27,8 @@ from deepspec.config import CHOICES, ConfigError, near_match
 from deepspec.decoding.cache import SlotCache
 from deepspec.decoding.graphs import Graphs, Tensors, cache_columns
 from deepspec.decoding.passes import target_pass
-from deepspec.decoding.proposers import DSparkProposer, Proposer
+from deepspec.decoding.proposers import Proposer
+from deepspec.decoding.proposing import proposer_of
 from deepspec.decoding.requests import Request
 from deepspec.decoding.sampling import SamplingSettings
 from deepspec.decoding.span import Span
@@ -153,7 +154,7 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
         raise ConfigError(f"{folder} does not say what target it was trained for; give target=FOLDER")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = load_target(path, revision=revision, gguf_file=gguf_file, dtype=options.dtype, device=device)
-    proposer = DSparkProposer(load_draft(folder, dtype=target.dtype, device=device, target=target), target)
+    proposer = proposer_of(load_draft(folder, dtype=target.dtype, device=device, target=target), target)
     tokens_per_row = options.tokens_per_row or proposer.block_size + 1
     layouts = {tokens: layout(tokens, tokens_per_row) for tokens in sorted(set(options.tokens))}
     slots, columns = max([rows for rows, _ in layouts.values()] + options.rows), options.context + tokens_per_row

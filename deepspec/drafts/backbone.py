@@ -13,30 +13,46 @@ Rotation = tuple[Tensor, Tensor]  # cos and sin, each [batch or 1, tokens, head_
 KeyValue = tuple[Tensor, Tensor]  # rotated keys and values, each [batch, kv_heads, tokens, head_dim]
 
 
-class DraftAttention(nn.Module):
-    """Context and block share the key and value projections and the key norm (DFlash section 3.2)."""
+class Projections(nn.Module):
+    """Queries, keys and values of the family's attention, and what follows it."""
 
-    def __init__(self, config: PreTrainedConfig, family: Family):
+    def __init__(self, config: PreTrainedConfig, family: Family, input_size: int | None = None):
+        """Args: `input_size` of queries, keys and values; None = the hidden size."""
         super().__init__()
         self.apply_rotary = family.apply_rotary
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = head_dim_of(config)
-        width, bias = config.hidden_size, getattr(config, "attention_bias", False)
+        width, bias = input_size or config.hidden_size, getattr(config, "attention_bias", False)
         keys_are_values = getattr(config, "attention_k_eq_v", False)
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = None if keys_are_values else nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=bias)
         self.q_norm = family.norm(self.head_dim, eps=config.rms_norm_eps) if family.query_key_norm else None
         self.k_norm = family.norm(self.head_dim, eps=config.rms_norm_eps) if family.query_key_norm else None
         self.v_norm = family.value_norm(self.head_dim, eps=config.rms_norm_eps) if family.value_norm else None
         self.scale = self.head_dim**-0.5 if family.attention_scale is None else family.attention_scale
 
     def key_values(self, states: Tensor, rotation: Rotation) -> KeyValue:
-        """Keys and values of context states [batch, tokens, hidden]."""
+        """Keys and values of context states [batch, tokens, input size]."""
         keys, values = self._project(states)
         _, keys = self.apply_rotary(keys[:, :0], keys, *rotation)
         return keys, values
+
+    def _project(self, states: Tensor) -> KeyValue:
+        """Keys before their rotation, and values."""
+        projected = self.k_proj(states)
+        values = projected if self.v_proj is None else self.v_proj(states)
+        return self._split(projected, self.k_norm), self._split(values, self.v_norm)
+
+    def _split(self, projected: Tensor, norm: nn.Module | None) -> Tensor:
+        """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]"""
+        split = projected.unflatten(-1, (-1, self.head_dim))
+        return (split if norm is None else norm(split)).transpose(1, 2)
+
+
+class DraftAttention(Projections):
+    """Context and block share the key and value projections and the key norm (DFlash section 3.2)."""
 
     def forward(self, hidden: Tensor, rotation: Rotation, context: KeyValue, spans: ContextSpans) -> Tensor:
         """Attend.
@@ -63,17 +79,6 @@ class DraftAttention(nn.Module):
             self.scale,
         )
         return self.o_proj(attended.permute(0, 2, 3, 1, 4).flatten(3))
-
-    def _project(self, states: Tensor) -> KeyValue:
-        """Keys before their rotation, and values."""
-        projected = self.k_proj(states)
-        values = projected if self.v_proj is None else self.v_proj(states)
-        return self._split(projected, self.k_norm), self._split(values, self.v_norm)
-
-    def _split(self, projected: Tensor, norm: nn.Module | None) -> Tensor:
-        """[batch, tokens, heads * head_dim] -> [batch, heads, tokens, head_dim]"""
-        split = projected.unflatten(-1, (-1, self.head_dim))
-        return (split if norm is None else norm(split)).transpose(1, 2)
 
 
 class DraftLayer(nn.Module):

@@ -1,13 +1,15 @@
-"""The DSpark draft (arXiv 2607.05147, section 3); without its heads it is DFlash (arXiv 2602.06036) in DSpark's slots.
+"""The DSpark draft (arXiv 2607.05147, section 3); without its heads it is DFlash (arXiv 2602.06036).
 
-Slot k of a block (k = 1..G) reads the anchor token (k = 1) or a mask token at position anchor + k - 1 and predicts the
-token at anchor + k.
+A block reads the anchor token and behind it mask tokens, one a position. Where it samples from the anchor, each slot
+predicts the token behind its own position, the anchor's the first. Where it fills in (DFlash's own convention), each
+mask predicts the token of its own position and the anchor's slot nothing; it is left out of everything behind the
+backbone. So in both, slot k = 1..G of those that predict is about the token at anchor + k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,112 +18,43 @@ from transformers import (
     Gemma4TextConfig,
     LlamaConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen3Config,
     initialization,
 )
 
 from deepspec.config import ConfigError
 from deepspec.drafts.backbone import DraftLayer, KeyValue, SandwichDraftLayer
+from deepspec.drafts.base import DraftModel, TargetWeights
 from deepspec.drafts.confidence import build_confidence_head
-from deepspec.drafts.configuration import DraftSettings
 from deepspec.drafts.families import family_of
 from deepspec.drafts.heads import build_markov_head
 from deepspec.kernels.attention import ContextSpans
-from deepspec.kernels.losses import soft_cap
 from deepspec.text import some
 
 
-class TargetWeights(Protocol):
-    """What a draft copies from its target."""
-
-    @property
-    def embedding_weight(self) -> Tensor:
-        """[vocab, hidden]"""
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[vocab, hidden]"""
-
-    @property
-    def decoder_layers(self) -> nn.ModuleList:
-        """In order."""
-
-    @property
-    def final_norm(self) -> nn.Module: ...
-
-
-class DSparkModel(PreTrainedModel):
+class DSparkModel(DraftModel):
     """Parallel backbone, optional sequential and confidence heads, and the target's frozen embedding and head."""
 
-    base_model_prefix = ""
     _no_split_modules = ["DraftLayer", "SandwichDraftLayer"]  # noqa: RUF012  (Transformers declares no ClassVar)
-    layer_class: type[DraftLayer] = DraftLayer
+    layer_class = DraftLayer
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
-        family = family_of(config)
-        settings = DraftSettings.of(config)
-        self.settings = settings
-        self.checkpoint_activations = False  # while training: keep only the layers' inputs for the backward pass
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.fc = nn.Linear(len(settings.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
-        self.hidden_norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.layers = nn.ModuleList(self.layer_class(config, family) for _ in range(config.num_hidden_layers))
-        self.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.hidden_norm = family_of(config).norm(config.hidden_size, eps=config.rms_norm_eps)
         self.markov_head = build_markov_head(config)
         self.confidence_head = build_confidence_head(config)
-        self.rotary_emb = family.rotary(config)
         self._freeze_target_weights()
         self.post_init()
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, but the embedding and the head stay frozen. `load_draft` checks more."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._freeze_target_weights()
-        return loaded
-
-    @property
-    def algorithm(self) -> str:
-        """dspark or dflash"""
-        return self.settings.algorithm
-
     @property
     def block_size(self) -> int:
+        """Input slots, see `DraftSettings`."""
         return self.settings.block_size
 
     @property
     def mask_token_id(self) -> int:
+        assert self.settings.mask_token_id is not None, "only Eagle3 has none"
         return self.settings.mask_token_id
-
-    @property
-    def target_layer_ids(self) -> tuple[int, ...]:
-        return self.settings.target_layer_ids
-
-    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters of everything but the embedding and the head that the target lends."""
-        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
-
-    @torch.no_grad()
-    def tie_to_target(self, target: TargetWeights) -> None:
-        """Copy the target's embedding and head.
-
-        Raises:
-            ValueError: the target's shapes differ from the draft's.
-        """
-        for name, module, weight in (
-            ("embedding", self.embed_tokens, target.embedding_weight),
-            ("head", self.lm_head, target.head_weight),
-        ):
-            if module.weight.shape != weight.shape:
-                raise ValueError(
-                    f"the target's {name} has shape {list(weight.shape)}, the draft's config says "
-                    f"{list(module.weight.shape)}: build the draft's config from this target"
-                )
-            module.weight.copy_(weight)
 
     @torch.no_grad()
     def start_from_target(self, target: TargetWeights) -> None:
@@ -160,18 +93,6 @@ class DSparkModel(PreTrainedModel):
         anchor_columns: Tensor,
         block_mask: Tensor,
     ) -> Tensor:
-        """Draft all blocks of whole documents at once, for training. A block sees nothing of another document.
-
-        Args:
-            input_ids: [batch, tokens]
-            position_ids: [batch, tokens], 0 where a document begins.
-            context_features: [batch, tokens, captured layers * hidden]
-            anchor_columns: [batch, blocks]; anything in range where `block_mask` is off.
-            block_mask: bool [batch, blocks], False = padding block, which sees no context; its output means nothing.
-
-        Returns:
-            Hidden states after the final norm [batch, blocks, slots, hidden].
-        """
         context = self.project_context(context_features)
         anchor_positions = position_ids.gather(1, anchor_columns)
         return self._run_blocks(
@@ -180,11 +101,6 @@ class DSparkModel(PreTrainedModel):
             self.context_key_values(context, position_ids),
             self._spans(anchor_columns, anchor_positions * block_mask),
         )
-
-    def compile_layers(self, backend: str = "inductor") -> None:
-        """torch.compile every layer in place; they share one compilation. Attention is a kernel of its own."""
-        for layer in self._draft_layers():
-            layer.compile(dynamic=True, backend=backend)
 
     def project_context(self, features: Tensor) -> Tensor:
         """H_ctx = RMSNorm(W_c [H_l1; ...; H_lm]).
@@ -222,27 +138,13 @@ class DSparkModel(PreTrainedModel):
                 Columns from the anchor on are ignored, but must be finite.
 
         Returns:
-            Hidden states after the final norm [batch, slots, hidden].
+            Hidden states after the final norm of the slots that predict [batch, draft_length, hidden].
         """
         spans = self._spans(anchor_positions[:, None], anchor_positions[:, None])
         return self._run_blocks(anchor_tokens[:, None], anchor_positions[:, None], context_cache, spans)[:, 0]
 
-    def base_logits(self, hidden: Tensor) -> Tensor:
-        """U_k through the frozen head, scaled and capped as the target's logits, in float32.
-
-        [..., hidden] -> [..., vocab]
-        """
-        logits = self.lm_head(hidden).float()
-        if self.settings.logit_scale != 1:
-            logits = logits * self.settings.logit_scale
-        return logits if self.settings.logit_softcap is None else soft_cap(logits, self.settings.logit_softcap)
-
     def _draft_layers(self) -> list[DraftLayer]:
         return cast("list[DraftLayer]", list(self.layers))
-
-    def _freeze_target_weights(self) -> None:
-        self.embed_tokens.requires_grad_(False)
-        self.lm_head.requires_grad_(False)
 
     def _spans(self, anchor_columns: Tensor, context_length: Tensor) -> ContextSpans:
         """The columns right before each anchor: both [batch, blocks]."""
@@ -253,19 +155,17 @@ class DSparkModel(PreTrainedModel):
     def _run_blocks(
         self, anchor_tokens: Tensor, anchor_positions: Tensor, context: Sequence[KeyValue], spans: ContextSpans
     ) -> Tensor:
-        """[batch, blocks] anchors -> [batch, blocks, slots, hidden]"""
+        """[batch, blocks] anchors -> [batch, blocks, draft_length, hidden]"""
         slots = torch.arange(self.block_size, device=anchor_tokens.device)
         tokens = torch.where(slots == 0, anchor_tokens[..., None], self.mask_token_id)
-        hidden = self.embed_tokens(tokens).to(self.fc.weight.dtype)
-        if self.settings.embedding_scale != 1:
-            hidden = hidden * self.settings.embedding_scale
+        hidden = self.embed(tokens)
         rotation = self.rotary_emb(hidden, (anchor_positions[..., None] + slots).flatten(1))
         for layer, key_values in zip(self._draft_layers(), context, strict=True):
             if self.checkpoint_activations and self.training:
                 hidden = checkpoint(layer, hidden, rotation, key_values, spans, use_reentrant=False)
             else:
                 hidden = layer(hidden, rotation, key_values, spans)
-        return self.norm(hidden)
+        return self.norm(hidden[:, :, -self.draft_length :])
 
     def _init_weights(self, module: nn.Module) -> None:
         """The family's initialisation, except for the two tables of a sequential head: W1 is N(0, 1) and W2 is 0.
@@ -285,6 +185,12 @@ class Qwen3DSparkModel(DSparkModel):
     config_class = Qwen3Config
 
 
+class DFlashDraftModel(DSparkModel):
+    """DFlash that fills in: the class that z-lab, vLLM and SGLang know."""
+
+    config_class = Qwen3Config
+
+
 class Gemma4DSparkModel(DSparkModel):
     config_class = Gemma4TextConfig
     layer_class = SandwichDraftLayer
@@ -294,13 +200,6 @@ class LlamaDSparkModel(DSparkModel):
     """Of checkpoints from before every draft was Qwen3-shaped; loaded, never made anew."""
 
     config_class = LlamaConfig
-
-
-DRAFT_CLASSES: dict[str, type[DSparkModel]] = {
-    "qwen3": Qwen3DSparkModel,
-    "gemma4_text": Gemma4DSparkModel,
-    "llama": LlamaDSparkModel,
-}
 
 
 def _difference(mine: nn.Module, theirs: nn.Module) -> str:
@@ -313,19 +212,3 @@ def _difference(mine: nn.Module, theirs: nn.Module) -> str:
         return f"has {some(unknown)}, unlike"
     wrong = [f"{name} {others[name]} instead of {shape}" for name, shape in ours.items() if others[name] != shape]
     return f"has {some(wrong)} of" if wrong else ""
-
-
-def build_draft(config: PreTrainedConfig, target: TargetWeights | None = None, *, seed: int = 0) -> DSparkModel:
-    """A fresh draft in float32 with seeded weights and, given a target, its embedding and head.
-
-    Raises:
-        ConfigError: no draft for this family.
-        ValueError: `target` does not fit the config.
-    """
-    family_of(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        draft = DRAFT_CLASSES[config.model_type](config)
-    if target is not None:
-        draft.tie_to_target(target)
-    return draft

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 
 from deepspec.config import EvalRun, flatten
-from deepspec.decoding import DSparkProposer, SpeculativeEngine
+from deepspec.decoding import SpeculativeEngine, proposer_of
 from deepspec.decoding.policies import build_policy
 from deepspec.decoding.recorded_rounds import METRICS_FILE
 from deepspec.drafts import load_draft
@@ -147,7 +147,7 @@ def _load(config: EvalRun, plan: Plan, device: torch.device) -> Decoder:
 
     speculative = SpeculativeEngine(
         target,
-        DSparkProposer(draft, target, allow_other_target=config.eval.allow_other_target),
+        proposer_of(draft, target, allow_other_target=config.eval.allow_other_target),
         slots=config.decode.batch_size,
         max_length=plan.max_length,
         policy=build_policy(config.decode.policy, replace(plan.policy_setup, device=device)),
@@ -178,7 +178,7 @@ def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record], fingerprint
         records,
         sets=list(plan.prompts),
         temperatures=list(dict.fromkeys(config.eval.temperatures)),
-        block_size=plan.draft_settings.block_size,
+        block_size=plan.draft_settings.draft_length,
         baseline=config.eval.baseline,
         bootstrap_samples=config.eval.bootstrap_samples,
         seed=config.seed,
@@ -191,7 +191,7 @@ def _metrics(config: EvalRun, plan: Plan, records: Sequence[Record], fingerprint
         "folder": str(plan.draft_folder),
         "name": checkpoint.resolve().name if checkpoint.exists() else config.checkpoint,
         "algorithm": plan.draft_settings.algorithm,
-        "block_size": plan.draft_settings.block_size,
+        "block_size": plan.draft_settings.draft_length,
         "weights": plan.draft_weights,
         "target_fingerprint": getattr(plan.draft_config, "target_fingerprint", None),
         "config": {**asdict(plan.draft_settings), "target_layer_ids": list(plan.draft_settings.target_layer_ids)},

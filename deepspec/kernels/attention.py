@@ -6,7 +6,7 @@ softmax runs over both parts. A block that sees no context still attends itself,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -22,6 +22,7 @@ CHUNK_OVERHEAD = 2**16  # a further chunk on the CPU costs about as much as this
 LARGEST_CHUNK = 2**22  # scores in memory at once on the CPU
 ALIGNED_SCORES = 8  # a row of scores is a multiple of so many long, or products with it take a slow kernel on GPUs
 SMALLEST_FLEX_HEAD = 16  # head_dim that FlexAttention's GPU kernels can do
+FLEX_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}  # its kernel for few queries has no backward pass
 TILE = 128  # queries and keys of a tile of FlexAttention's masks
 
 
@@ -50,6 +51,10 @@ class ContextSpans:
         """For queries [blocks * slots] and keys [columns of context, then blocks * slots]."""
         return self._made(("flex", slots, columns), lambda: self._make_flex_mask(slots, columns))
 
+    def context_flex_mask(self, columns: int) -> BlockMask:
+        """For queries [blocks] and keys [columns of context]."""
+        return self._made(("context", columns), lambda: self._make_context_flex_mask(columns))
+
     def _made(self, key: Hashable, make: Callable[[], Any]) -> Any:
         if key not in self._memory:
             self._memory[key] = make()
@@ -60,8 +65,6 @@ class ContextSpans:
         return _chunks(firsts, lasts, CHUNK_OVERHEAD / scores_per_column, LARGEST_CHUNK / scores_per_column)
 
     def _make_flex_mask(self, slots: int, columns: int) -> BlockMask:
-        """As `create_block_mask` makes it, which takes minutes to compile at some lengths (pytorch issue 182060), and
-        uncompiled writes down every query times every key."""
         first, last = self.first, self.last
         queries = first.shape[1] * slots
         context = torch.tensor(columns, device=first.device)  # not a number: a kernel would be compiled for each
@@ -71,24 +74,17 @@ class ContextSpans:
             in_span = (key >= first[batch, block]) & (key < last[batch, block])
             return torch.where(key < context, in_span, (key - context) // slots == block)
 
-        partly, fully = (_in_order(tiles) for tiles in self._seen_tiles(slots, columns))
-        lengths = (queries, columns + queries)
-        return BlockMask.from_kv_blocks(*partly, *fully, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=lengths)
+        own = columns + torch.arange(queries, device=first.device)[None] // slots * slots
+        seen = (first.repeat_interleave(slots, 1), last.repeat_interleave(slots, 1))
+        return _mask_of_spans([seen, (own, own + slots)], columns + queries, sees)
 
-    def _seen_tiles(self, slots: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Tiles of TILE queries and keys that are seen in part, and as a whole: bool [batch, 1, queries, keys] each"""
-        batch, blocks = self.first.shape
-        queries = blocks * slots
-        keys = torch.arange(0, columns + queries, TILE, device=self.first.device)
-        ends = (keys + TILE).clamp(max=columns + queries)
-        first, last = (bound.repeat_interleave(slots, 1)[..., None] for bound in (self.first, self.last))
-        own = columns + torch.arange(queries, device=self.first.device)[:, None] // slots * slots
-        some = ((first < ends) & (last > keys) & (first < last)) | ((own < ends) & (own + slots > keys))
-        every = ((first <= keys) & (last >= keys + TILE)) | ((own <= keys) & (own + slots >= keys + TILE))
-        padding = (0, 0, 0, -queries % TILE)
-        some, every = (functional.pad(seen, padding).view(batch, 1, -1, TILE, len(keys)) for seen in (some, every))
-        whole = every.all(3)
-        return some.any(3) & ~whole, whole
+    def _make_context_flex_mask(self, columns: int) -> BlockMask:
+        first, last = self.first, self.last
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (key >= first[batch, query]) & (key < last[batch, query])
+
+        return _mask_of_spans([(first, last)], columns, sees)
 
 
 @dataclass(frozen=True)
@@ -97,6 +93,34 @@ class Chunk:
 
     blocks: slice
     columns: slice
+
+
+def _mask_of_spans(spans: Sequence[tuple[Tensor, Tensor]], keys: int, sees: Callable[..., Tensor]) -> BlockMask:
+    """The mask of queries that see these keys. As `create_block_mask` makes it, which takes minutes to compile at some
+    lengths (pytorch issue 182060), and uncompiled writes down every query times every key.
+
+    Args:
+        spans: [batch or 1, queries] each, the first key and that behind the last; they do not overlap.
+        sees: the same by batch, head, query and key.
+    """
+    queries, device = spans[0][0].shape[1], spans[0][0].device
+    starts = torch.arange(0, keys, TILE, device=device)
+    ends = (starts + TILE).clamp(max=keys)
+    some = every = torch.zeros((), dtype=torch.bool, device=device)
+    for span in spans:
+        first, last = (bound[..., None] for bound in span)
+        some = some | ((first < ends) & (last > starts) & (first < last))
+        every = every | ((first <= starts) & (last >= starts + TILE))
+    some, every = (_by_tile(seen) for seen in (some, every))  # [batch, 1, tiles of queries, TILE, tiles of keys]
+    whole = every.all(3)
+    partly, fully = (_in_order(tiles) for tiles in (some.any(3) & ~whole, whole))
+    return BlockMask.from_kv_blocks(*partly, *fully, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(queries, keys))
+
+
+def _by_tile(seen: Tensor) -> Tensor:
+    """[batch, queries, keys] -> [batch, 1, tiles, TILE, keys], where queries that are not there see nothing."""
+    padded = functional.pad(seen, (0, 0, 0, -seen.shape[1] % TILE))
+    return padded.unflatten(1, (-1, TILE))[:, None]
 
 
 def _in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,10 +218,9 @@ def block_attention_flex(
     """`block_attention` by FlexAttention: neither scores nor a dense mask exist, and hidden tiles are not computed."""
     heads, slots = query.shape[1], query.shape[3]
     keys, values = _joined(context_key, context_value, block_key, block_value)
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    dtype = flex_dtype(query)
     query, keys, values = query.to(dtype), keys.to(dtype), values.to(dtype)  # autocast does not know FlexAttention
-    attend = _compiled_flex() if query.device.type == "cuda" else flex_attention
+    attend = compiled_flex() if query.device.type == "cuda" else flex_attention
     attended = attend(
         query.flatten(2, 3),
         keys,
@@ -205,14 +228,20 @@ def block_attention_flex(
         block_mask=spans.flex_mask(slots, context_key.shape[2]),
         scale=scale,
         enable_gqa=heads != block_key.shape[1],
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},  # the kernel for few queries has no backward pass
+        kernel_options=FLEX_OPTIONS,
     )
     return attended.view_as(query)
 
 
 @cache
-def _compiled_flex() -> Any:
+def compiled_flex() -> Any:
     return torch.compile(flex_attention, fullgraph=True)  # an error where it would go on unfused after many shapes
+
+
+def flex_dtype(query: Tensor) -> torch.dtype:
+    """What autocast would convert the query, keys and values to."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 def _joined(

@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
-from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings
+from deepspec.decoding.calibration import CALIBRATION_FILE
+from deepspec.drafts.configuration import DraftSettings, architecture_of
+from deepspec.drafts.eagle3_configuration import EAGLE3
 from deepspec.evaluation.markdown import markdown_table
 from deepspec.evaluation.statistics import Estimate
 from deepspec.evaluation.summary import show_estimate, show_number
+from deepspec.publishing.formats import Format
 from deepspec.publishing.results import Evaluation
+from deepspec.publishing.serving import serving_section, usage_section
 from deepspec.publishing.source import DraftSource
+from deepspec.publishing.target_names import is_hub_id, target_title
 
 PLOT_NAME = "tau.png"
-BUILTIN_TARGET = "builtin"
-TITLES = {"dspark": "DSpark", "dflash": "DFlash"}
+TITLES = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "Eagle3"}
 PAPERS = {
     "dspark": "[DSpark](https://arxiv.org/abs/2607.05147)",
     "dflash": "[DFlash](https://arxiv.org/abs/2602.06036)",
+    "eagle3": "[EAGLE-3](https://arxiv.org/abs/2503.01840)",
 }
 # What the card shows of a run's config.yaml, with its title.
 TRAINING_ROWS = {
@@ -50,12 +53,16 @@ def build_card(
     evaluation: Evaluation | None,
     *,
     repo_id: str,
+    its_format: Format,
+    revision: str | None = None,
     license_name: str | None = None,
     with_plot: bool = False,
 ) -> str:
     """The text of README.md, with its YAML metadata.
 
     Args:
+        its_format: in which the weights lie beside the card.
+        revision: branch that is pushed to; None = main.
         evaluation: None = the card says that the draft has not been evaluated.
         license_name: license identifier; None = left out of the metadata.
         with_plot: show the picture that lies beside the card as `tau.png`.
@@ -72,36 +79,15 @@ def build_card(
     sections = [
         _introduction(source, settings, repo_id),
         _results(evaluation, with_plot),
-        _usage(source, repo_id),
-        _architecture(source, settings),
+        usage_section(source.config, repo_id, its_format),
+        serving_section(source.config, repo_id, its_format, revision, has_calibration=CALIBRATION_FILE in source.files),
+        _architecture(source, settings, its_format),
         _training(source),
         _samples(evaluation),
         _license(license_name),
     ]
     body = "\n\n".join(section for section in sections if section)
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n"))
-
-
-def is_hub_id(name: str | None) -> bool:
-    """Whether a recorded target name can be found on the Hub: not the built-in one, not a folder."""
-    if not name or name == BUILTIN_TARGET or name.count("/") != 1 or Path(name).expanduser().exists():
-        return False
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
-def target_title(name: str | None) -> str:
-    """How the card names a target, without the folders of the machine that trained the draft."""
-    if not name:
-        return "a target that its config.json does not name"
-    if name == BUILTIN_TARGET:
-        return "the built-in target of DeepSpec"
-    if is_hub_id(name):
-        return f"[{name}](https://huggingface.co/{name})"
-    return f"`{Path(name).name}` (a local model)"
 
 
 def _introduction(source: DraftSource, settings: DraftSettings, repo_id: str) -> str:
@@ -122,7 +108,7 @@ def _introduction(source: DraftSource, settings: DraftSettings, repo_id: str) ->
     return (
         f"# {repo_id.split('/')[-1]}\n\n"
         f"A {title} draft model for speculative decoding with {target_title(target)}. It proposes up to "
-        f"{settings.block_size} tokens a round, and the target verifies them in one forward pass; the text has the "
+        f"{settings.draft_length} tokens a round, and the target verifies them in one forward pass; the text has the "
         "target's own distribution. It is of no use without that target.\n\n" + markdown_table(("", ""), facts)
     )
 
@@ -160,48 +146,29 @@ def _results(evaluation: Evaluation | None, with_plot: bool) -> str:
     return "\n\n".join(part for part in ("## Results", table, legend, conditions and f"{conditions}.", plot) if part)
 
 
-def _usage(source: DraftSource, repo_id: str) -> str:
-    target = getattr(source.config, "target_model_name_or_path", None)
-    revision = getattr(source.config, "target_revision", None)
-    known = target == BUILTIN_TARGET or is_hub_id(target)
-    path = target if known else "PATH_OF_THE_TARGET"
-    gguf_file = getattr(source.config, "target_gguf_file", None)
-    pinned_argument = f', revision="{revision}"' if revision else ""
-    pinned_override = f" target.revision={revision}" if revision else ""
-    if gguf_file:
-        pinned_argument += f', gguf_file="{gguf_file}"'
-        pinned_override += f" target.gguf_file={gguf_file}"
-    checked = ""
-    if getattr(source.config, "target_fingerprint", None):
-        checked = "  # refuses a target that it was not trained for"
-    return (
-        "## Use\n\n```python\nimport deepspec\nfrom deepspec.targets import load_target\n\n"
-        f'target = load_target("{path}"{pinned_argument})\n'
-        f'draft = deepspec.load_draft("{repo_id}", target=target){checked}\n'
-        "```\n\nMeasure it on your own prompts:\n\n```bash\n"
-        f"accelerate launch eval.py checkpoint={repo_id} target.path={path}{pinned_override}\n```"
-    )
-
-
-def _architecture(source: DraftSource, settings: DraftSettings) -> str:
+def _architecture(source: DraftSource, settings: DraftSettings, its_format: Format) -> str:
     config = source.config
     with_markov = " (reads the Markov embedding too)" if settings.confidence_head_with_markov else ""
     markov = f"{settings.markov_head_type}, rank {settings.markov_rank}" if settings.markov_rank else "none"
     facts = [
-        ("Class", f"`{ARCHITECTURES[config.model_type]}`"),
+        ("Class", f"`{architecture_of(config)}`"),
         ("Draft layers", str(config.num_hidden_layers)),
-        ("Block size", str(settings.block_size)),
+        ("Tokens drafted a round", str(settings.draft_length)),
         ("Captured target layers", f"{list(settings.target_layer_ids)} of {settings.num_target_layers} (0-based)"),
-        ("Markov head", markov),
-        ("Confidence head", f"yes{with_markov}" if settings.confidence_head else "none"),
-        ("Context window", f"{settings.context_window} tokens" if settings.context_window else "whole context"),
-        ("Mask token id", str(settings.mask_token_id)),
         ("Hidden size, vocabulary", f"{config.hidden_size}, {config.vocab_size}"),
+        ("Tokens it can propose", f"{settings.draft_vocab_size or 'all'}"),
         ("Heads, key/value heads", f"{config.num_attention_heads}, {config.num_key_value_heads}"),
     ]
-    note = (
-        "The embedding and the output head are the target's own, frozen, and stored so that the draft loads by itself."
-    )
+    if settings.algorithm != EAGLE3:
+        facts += [
+            ("Block size", str(settings.block_size)),
+            ("Markov head", markov),
+            ("Confidence head", f"yes{with_markov}" if settings.confidence_head else "none"),
+            ("Context window", f"{settings.context_window} tokens" if settings.context_window else "whole context"),
+            ("Mask token id", str(settings.mask_token_id)),
+        ]
+    stored = "left out here" if its_format.left_out else "stored so that the draft loads by itself"
+    note = f"The embedding and the output head are the target's own, frozen, and {stored}."
     return f"## Architecture\n\n{markdown_table(('', ''), facts)}\n\n{note}"
 
 

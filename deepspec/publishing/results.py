@@ -12,7 +12,8 @@ from deepspec.decoding.recorded_rounds import METRICS_FILE
 from deepspec.evaluation.statistics import Estimate
 from deepspec.evaluation.summary import SAMPLES_FILE, is_other_target
 from deepspec.files import sha256_of
-from deepspec.publishing.source import DraftSource, PublishError
+from deepspec.publishing.errors import PublishError
+from deepspec.publishing.source import DraftSource
 
 PLOT_FILE, REPORT_FOLDER = "tau.png", "report"
 MEAN = "mean of sets"

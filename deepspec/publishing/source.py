@@ -17,12 +17,8 @@ from deepspec.checkpoints import TRAINER_STATE, CheckpointError, list_checkpoint
 from deepspec.decoding.calibration import CALIBRATION_FILE
 from deepspec.drafts.loading import load_draft
 from deepspec.files import INDEX_FILE, SINGLE_FILE
-
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-
-
-class PublishError(RuntimeError):
-    """Something that cannot be published. The message says what, where and what to do."""
+from deepspec.publishing.errors import PublishError
+from deepspec.publishing.reading import pickled_files
 
 
 @dataclass(frozen=True)
@@ -84,8 +80,7 @@ def _publishable_files(folder: Path) -> tuple[str, ...]:
     """config.json, the weights and their index, and the calibration if there is one."""
     if not (folder / "config.json").is_file():
         raise PublishError(f"{folder / 'config.json'}: missing. {_other_checkpoints(folder)}")
-    pickled = sorted(file.name for file in folder.iterdir() if file.suffix in PICKLED)
-    if pickled:
+    if pickled := pickled_files(folder):
         raise PublishError(
             f"{folder}: {', '.join(pickled)} may run code when loaded, so it is not published; load the draft where "
             "you trust it, write it with save_pretrained (safetensors), and publish that folder"

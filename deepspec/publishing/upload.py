@@ -11,10 +11,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from deepspec.config import ConfigError
-from deepspec.decoding.calibration import CALIBRATION_FILE
-from deepspec.publishing.folder import build_folder
+from deepspec.publishing.errors import PublishError
+from deepspec.publishing.folder import CALIBRATION_FILES, build_folder
+from deepspec.publishing.formats import format_named
 from deepspec.publishing.results import read_evaluation
-from deepspec.publishing.source import PublishError, find_source
+from deepspec.publishing.source import DraftSource, find_source
+from deepspec.publishing.target_names import is_hub_id
 
 
 @dataclass
@@ -23,6 +25,8 @@ class PushOptions:
 
     checkpoint: str = "???"  # training run (its newest checkpoint), checkpoint or draft folder
     repo_id: str = "???"  # name on the Hub: user/name, or organization/name
+    format: str = "deepspec"  # of config and weights: deepspec, speculators, zlab, sglang or transformers
+    target: str | None = None  # Hub id that format=speculators names as the verifier; null = as the draft records it
     evaluation: str | None = None  # output_dir of eval.py for this draft; null = the card says "not evaluated"
     plot: str | None = None  # PNG shown in the card; null = tau.png of the evaluation, if any
     license: str | None = None  # license identifier for the card's metadata; null = you add it later
@@ -36,7 +40,7 @@ def push(options: PushOptions) -> Path:
     """Check everything, write the folder, upload it. Returns the folder.
 
     Raises:
-        ConfigError: an invalid repo_id.
+        ConfigError: an invalid repo_id or format.
         FileNotFoundError: no such checkpoint, evaluation or plot.
         PublishError: what the message says; after the folder is written it is kept.
     """
@@ -46,7 +50,10 @@ def push(options: PushOptions) -> Path:
         raise ConfigError(f"repo_id={options.repo_id}: {error}") from error
     if not options.dry_run:
         _require_token()
+    chosen = format_named(options.format)
     source = find_source(options.checkpoint)
+    if chosen.names_verifier:
+        _require_public_target(options, source)
     evaluation = read_evaluation(options.evaluation, source) if options.evaluation else None
     folder = Path(options.output_dir or f"outputs/hub/{options.repo_id.replace('/', '--')}")
     build_folder(
@@ -54,6 +61,9 @@ def push(options: PushOptions) -> Path:
         source,
         evaluation,
         repo_id=options.repo_id,
+        its_format=chosen,
+        target=options.target,
+        revision=options.revision,
         license_name=options.license,
         plot=Path(options.plot) if options.plot else None,
     )
@@ -89,6 +99,15 @@ def readable_size(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
+def _require_public_target(options: PushOptions, source: DraftSource) -> None:
+    name = options.target or getattr(source.config, "target_model_name_or_path", None)
+    if not is_hub_id(name):
+        raise PublishError(
+            f"format={options.format} names the target for everybody, and {name or 'none that is recorded'} is not on "
+            "the Hub; give its Hub id with target=, or choose another format"
+        )
+
+
 def _require_token() -> None:
     if not get_token():
         raise PublishError(
@@ -118,7 +137,7 @@ def _upload(folder: Path, options: PushOptions) -> str:
             repo_type="model",
             revision=options.revision,
             commit_message="Draft model for speculative decoding",
-            delete_patterns=["*.safetensors", "*.safetensors.index.json", CALIBRATION_FILE],
+            delete_patterns=["*.safetensors", "*.safetensors.index.json", *CALIBRATION_FILES],
         )
     except (httpx.HTTPError, OSError, HFValidationError) as error:
         raise PublishError(_explain_failure(error, folder, options)) from error

@@ -16,7 +16,7 @@ from deepspec.data.chat import render_prompt
 from deepspec.data.conversation import Message
 from deepspec.data.rendering import template_digest
 from deepspec.data.templates import Tools
-from deepspec.decoding import DSparkProposer, SpeculativeEngine
+from deepspec.decoding import SpeculativeEngine, proposer_of
 from deepspec.drafts import load_draft
 from deepspec.regeneration.answers import AnswerReader
 from deepspec.regeneration.engine_writer import EngineWriter
@@ -132,7 +132,7 @@ def open_writer(options: WritingOptions, speaker: Speaker, device: torch.device,
         draft = load_draft(
             options.draft, dtype=target.dtype, device=device, target=target, allow_other_target=True
         )  # whatever a draft was made for, the answers are the target's
-        proposer = DSparkProposer(draft, target, allow_other_target=True)
+        proposer = proposer_of(draft, target, allow_other_target=True)
     block = proposer.block_size if proposer else 0
     length = options.max_length or min(POSITIONS_HERE, speaker.positions)
     if length > speaker.positions:

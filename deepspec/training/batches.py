@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from deepspec.config import TrainConfig
+from deepspec.config import TrainConfig, TrainRun
 from deepspec.data.dataset import ConversationDataset
 from deepspec.data.packing import Sample, TokenBatch, lay_out
 from deepspec.data.sampler import BatchSplit, StepSampler
-from deepspec.training.anchors import sample_anchors, supervise
+from deepspec.drafts import DraftModel, Eagle3Model
+from deepspec.training.anchors import loss_divisor, sample_anchors, supervise
 
 TRAINING, EVALUATION = 1, 2  # separate streams of anchors
 
@@ -26,7 +28,7 @@ class MicroBatch:
 
     tokens: TokenBatch
     blocks: dict[str, Tensor]  # anchors and labels, by the names of `DraftTrainingModule.forward`
-    weight_sum: float  # of the supervised slots
+    divisor: float  # its share of what the loss is divided by, see `train.loss.divisor`; 0 without supervised slots
 
     @property
     def num_blocks(self) -> int:
@@ -50,24 +52,43 @@ class MicroBatchMaker:
 
     pad_id: int
     packed: bool  # all samples in one row, or each padded in its own
-    num_anchors: int
-    block_size: int
+    num_anchors: int | None  # None = every place where an anchor can be
+    draft_length: int
     decay: float
     seed: int
     stream: int = TRAINING
+    earliest_anchor: int = 0  # position of a document
+    divisor: str = "supervised"
 
     def __call__(self, samples: Sequence[Sample]) -> MicroBatch:
         batch = lay_out([samples] if self.packed else [[sample] for sample in samples], self.pad_id)
         seeds = [anchor_seed(self.seed, self.stream, sample.epoch, sample.index) for sample in samples]
-        anchors, block_mask = sample_anchors(batch, self.num_anchors, seeds)
+        anchors, block_mask = sample_anchors(batch, self.num_anchors, seeds, earliest=self.earliest_anchor)
         labels = supervise(
-            batch.input_ids, batch.position_ids, batch.loss_mask, anchors, block_mask, self.block_size, self.decay
+            batch.input_ids, batch.position_ids, batch.loss_mask, anchors, block_mask, self.draft_length, self.decay
         )
         return MicroBatch(
             tokens=batch,
             blocks={"anchor_columns": anchors, "block_mask": block_mask, **vars(labels)},
-            weight_sum=float(labels.weights.double().sum()),
+            divisor=float(loss_divisor(labels.weights.double(), batch.input_ids, self.divisor)),
         )
+
+
+def batch_maker(run: TrainRun, draft: DraftModel, pad_id: int, stream: int) -> MicroBatchMaker:
+    """For this draft: DSpark and DFlash draw anchors; Eagle3 starts a chain wherever one can start, and weighs its
+    steps by train.loss.step_decay."""
+    loss, is_chain = run.train.loss, isinstance(draft, Eagle3Model)
+    return MicroBatchMaker(
+        pad_id=pad_id,
+        packed=run.train.tokens_per_batch is not None,
+        num_anchors=None if is_chain else run.train.num_anchors,
+        draft_length=draft.draft_length,
+        decay=-1 / min(math.log(loss.step_decay), -1e-9) if is_chain else loss.decay,
+        seed=run.seed,
+        stream=stream,
+        earliest_anchor=1 if is_chain else 0,
+        divisor=loss.divisor,
+    )
 
 
 def batch_split(train: TrainConfig, world_size: int, lengths: np.ndarray | None = None) -> BatchSplit:

@@ -6,8 +6,8 @@ from typing import cast
 
 import torch
 
-from deepspec.drafts import DSparkModel
-from deepspec.drafts.backbone import DraftLayer
+from deepspec.drafts import DraftModel
+from deepspec.drafts.backbone import Projections
 
 # Dense bfloat16 tensor-core peak, FLOP/s, from the vendor's data sheets, by a part of the device's name.
 PEAK_FLOPS = {
@@ -38,22 +38,23 @@ class StepFlops:
     needed. What is computed again (activation checkpointing) is not counted.
     """
 
-    def __init__(self, draft: DSparkModel, features_per_token: float, *, needs_target_logits: bool):
+    def __init__(self, draft: DraftModel, features_per_token: float, *, needs_target_logits: bool):
         """
         Args:
             features_per_token: FLOPs of the target's forward pass on the training device; 0 when it runs elsewhere.
             needs_target_logits: the loss compares distributions.
         """
-        attentions = [layer.self_attn for layer in cast("list[DraftLayer]", list(draft.layers))]
+        attentions = [cast(Projections, layer.self_attn) for layer in draft.layers]
         projections = [projection for a in attentions for projection in (a.k_proj, a.v_proj) if projection is not None]
         context_projections = sum(projection.weight.numel() for projection in projections)
         self.per_token = features_per_token + 2 * (2 * draft.fc.weight.numel() + 3 * context_projections)
         self.per_block = (
-            6 * draft.block_size * sum(weight.numel() for weight in draft.layers.parameters() if weight.ndim > 1)
+            6 * draft.draft_length * sum(weight.numel() for weight in draft.layers.parameters() if weight.ndim > 1)
         )
-        vocabulary, hidden = draft.lm_head.weight.shape
+        proposable, hidden = draft.lm_head.weight.shape
         rank = draft.settings.markov_rank
-        self.per_slot = 2 * vocabulary * (2 * hidden + 3 * rank + needs_target_logits * hidden)
+        of_target = needs_target_logits * draft.config.vocab_size * hidden
+        self.per_slot = 2 * (proposable * (2 * hidden + 3 * rank) + of_target)
 
     def __call__(self, tokens: int, blocks: int, slots: int) -> float:
         """Of a step over this many tokens, blocks and supervised slots."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from deepspec.drafts import DSparkModel
+from deepspec.drafts import DraftModel
 
 
-def hold_target_weights_as_buffers(draft: DSparkModel, dtype: torch.dtype) -> None:
+def hold_target_weights_as_buffers(draft: DraftModel, dtype: torch.dtype) -> None:
     """Turn the frozen weights of embedding and head into buffers of the same names, in the dtype of the target.
 
     They came from the target, so its dtype loses nothing; a bf16 head is half as large and makes the products of the

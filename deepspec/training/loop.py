@@ -60,6 +60,8 @@ def train(config: TrainRun, check_target: Callable[[Target], None] | None = None
     trainer = Trainer(config, accelerator, materials, start, stop)
     with stop, Reporter(config, accelerator, start=start.step, steps=trainer.steps) as reporter:
         reporter.say(materials.target_summary)
+        if materials.vocabulary_summary is not None:
+            reporter.say(materials.vocabulary_summary)
         reporter.say(trainer.description())
         try:
             finished = trainer.run(reporter)

@@ -1,7 +1,8 @@
-"""The objective of DSpark and DFlash (DSpark section 4): cross-entropy, total variation, confidence.
+"""The objective of DSpark and DFlash (DSpark section 4), and of Eagle3: cross-entropy, total variation, confidence.
 
 L = ce * L_ce + tv * L_tv + confidence * L_conf, each a sum over supervised slots of w_k times the slot's loss.
-Everything here returns sums; the training loop divides by the weight sum over all ranks and accumulation steps.
+The cross-entropy is that of the true tokens, of Eagle3 that of the target's distribution. Everything here returns sums;
+the training loop divides by the weight sum (or `train.loss.divisor`) over all ranks and accumulation steps.
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from deepspec.config import LossConfig
-from deepspec.drafts.dspark import DSparkModel
+from deepspec.drafts import DraftModel
 from deepspec.kernels.losses import vocabulary_losses
-from deepspec.training.anchors import SlotLabels
+from deepspec.training.anchors import SlotLabels, loss_divisor
 from deepspec.training.metrics import acceptance_sums
 
 
 def draft_objective(
-    draft: DSparkModel,
+    draft: DraftModel,
     hidden: Tensor,
     labels: SlotLabels,
     final_features: Tensor,
     block_mask: Tensor,
     loss: LossConfig,
     with_metrics: bool = True,
+    target_head: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Loss and metric sums of one micro-batch, computed over supervised slots only.
 
@@ -37,13 +39,14 @@ def draft_objective(
         block_mask: bool [rows, blocks]
         loss: weights of the three losses. `confidence` counts only if the draft has the head.
         with_metrics: also sum acceptance and confidence error.
+        target_head: [vocab, hidden], for a draft that cannot propose all tokens: it has not all of the head.
 
     Returns:
         `loss` (has the gradient), `weight_sum`, `ce`; `tv` where target probabilities were computed; `confidence_loss`
         with a confidence head and target probabilities; with metrics also those of `acceptance_sums` and
         `confidence_abs_error`, `confidence_bias`. Keys do not depend on the batch.
     """
-    needs_target = with_metrics or loss.tv > 0 or draft.confidence_head is not None
+    needs_target = with_metrics or loss.tv > 0 or draft.confidence_head is not None or draft.soft_labels
     weights = labels.weights
     states = hidden.flatten(0, 2)[labels.slots]
     latents = None
@@ -55,13 +58,15 @@ def draft_objective(
         latents,
         draft.lm_head.weight,
         None if draft.markov_head is None else draft.markov_head.markov_w2.weight,
-        labels.targets,
+        None if draft.soft_labels else draft.row_ids(labels.targets),
         final_features.flatten(0, 1)[labels.sources] if needs_target else None,
         weights,
         loss.ce,
         loss.tv,
         draft.settings.logit_scale,
         draft.settings.logit_softcap,
+        draft.kept_tokens,
+        target_head,
     )
     total = vocabulary.loss
     sums = {"weight_sum": weights.sum(), "ce": (weights * vocabulary.ce).sum()}
@@ -94,9 +99,13 @@ class DraftTrainingModule(nn.Module):
     batch without supervised slots, a confidence head with weight 0), so no rank waits for a gradient that never comes.
     """
 
-    def __init__(self, draft: DSparkModel, loss: LossConfig):
+    target_head: Tensor | None
+
+    def __init__(self, draft: DraftModel, loss: LossConfig, target_head: Tensor | None = None):
+        """Args: `target_head`, see `draft_objective`; not saved with the draft."""
         super().__init__()
         self.draft = draft
+        self.register_buffer("target_head", target_head, persistent=False)
         self.loss = loss
         self.config = draft.config  # accelerate sizes DeepSpeed's buffers by its hidden_size
 
@@ -126,4 +135,7 @@ class DraftTrainingModule(nn.Module):
         """
         hidden = self.draft(input_ids, position_ids, context_features, anchor_columns, block_mask)
         labels = SlotLabels(prev_tokens, slots, targets, sources, weights)
-        return draft_objective(self.draft, hidden, labels, final_features, block_mask, self.loss, with_metrics)
+        sums = draft_objective(
+            self.draft, hidden, labels, final_features, block_mask, self.loss, with_metrics, self.target_head
+        )
+        return sums | {"divisor": loss_divisor(weights, input_ids, self.loss.divisor)}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from deepspec.config import ConfigError, TrainRun
 from deepspec.data.dataset import ConversationDataset, check_vocabulary, tokenize_conversations
 from deepspec.data.mask_token import find_mask_token
 from deepspec.data.rendering import Rendering, differences_of_answers, template_name
-from deepspec.drafts import DraftSettings, DSparkModel, build_draft, build_draft_config, engine_limits, load_draft
+from deepspec.drafts import DraftModel, DraftSettings, build_draft, build_draft_config, engine_limits, load_draft
 from deepspec.features import CachedFeatures, CachedRendering, FeatureSource, OnlineFeatures
 from deepspec.features.served import connect_served
 from deepspec.features.vllm import connect_vllm
@@ -35,7 +36,8 @@ from deepspec.targets import (
 )
 from deepspec.targets.positions import check_positions
 from deepspec.training.resume import check_same_target
-from deepspec.training.warm_start import check_settings, copy_weights, filled_in
+from deepspec.training.vocabulary import describe_vocabulary, most_used_tokens
+from deepspec.training.warm_start import check_settings, filled_in, started_from
 
 logger = logging.getLogger(__name__)
 
@@ -49,12 +51,14 @@ CONNECT: dict[str, Callable[..., FeatureSource]] = {
 class Materials:
     """Everything that is trained or trained on."""
 
-    draft: DSparkModel
+    draft: DraftModel
     features: FeatureSource
     train_set: ConversationDataset
     eval_set: ConversationDataset | None
     pad_id: int
     target_dtype: torch.dtype
+    target_head: torch.Tensor | None  # [vocab, hidden], where the draft has a part of it
+    vocabulary_summary: str | None  # what the draft can propose, in a line; None = all
     target_summary: str  # what of the target is in memory, in a line
 
 
@@ -104,8 +108,11 @@ def prepare_materials(
     draft_config.target_fingerprint = target.fingerprint
     draft_config.target_gguf_file = config.target.gguf_file
     rendering.record_in(draft_config)
+    size, counts = DraftSettings.of(draft_config).draft_vocab_size, None
+    if size is not None:
+        counts = train_set.supervised_counts(draft_config.vocab_size)
     if checkpoint is None:
-        draft = _new_draft(config, draft_config, target)
+        draft = _new_draft(config, draft_config, target, counts, tokenizer)
     else:
         draft = _continued_draft(checkpoint, draft_config, target)
     features = _feature_source(config, target, draft_config, tokenizer, accelerator.device)
@@ -119,6 +126,8 @@ def prepare_materials(
         eval_set=eval_set,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         target_dtype=target.dtype,
+        target_head=target.head_weight.detach() if draft.is_pruned else None,
+        vocabulary_summary=None if counts is None else describe_vocabulary(draft, counts),
         target_summary=describe_target(target) if isinstance(target, Target) else describe_head(target),
     )
 
@@ -139,16 +148,24 @@ def _note_length(config: TrainRun, positions: int, train_set: ConversationDatase
         )
 
 
-def _new_draft(config: TrainRun, draft_config: PreTrainedConfig, target: Target | TargetHead) -> DSparkModel:
-    draft = build_draft(draft_config, target, seed=config.seed)
+def _new_draft(
+    config: TrainRun,
+    draft_config: PreTrainedConfig,
+    target: Target | TargetHead,
+    counts: np.ndarray | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> DraftModel:
+    """Args: `counts` of the tokens to predict, for a draft with a vocabulary of its own."""
     if config.train.start_from is not None:
-        copy_weights(draft, config.train.start_from)
-    elif config.draft.start_from_target:
+        return started_from(config.train.start_from, draft_config, target, config.seed)
+    kept = None if counts is None else most_used_tokens(counts, tokenizer, draft_config.draft_vocab_size)
+    draft = build_draft(draft_config, target, seed=config.seed, kept_tokens=kept)
+    if config.draft.start_from_target:
         draft.start_from_target(target)
     return draft
 
 
-def _continued_draft(checkpoint: Path, draft_config: PreTrainedConfig, target: Target | TargetHead) -> DSparkModel:
+def _continued_draft(checkpoint: Path, draft_config: PreTrainedConfig, target: Target | TargetHead) -> DraftModel:
     """That of the checkpoint, for the same target, which may lie elsewhere by now."""
     check_same_target(checkpoint, target.fingerprint)
     draft = _in_aligned_memory(load_draft(checkpoint, dtype=torch.float32, target=target))
@@ -233,13 +250,14 @@ def draft_config_of(
     """
     draft, adapter = filled_in(config.draft, config.train.start_from), adapter_for(target_config)
     mask_token_id = draft.mask_token_id
-    if mask_token_id is None:
+    if mask_token_id is None and draft.algorithm != "eagle3":
         mask_token_id = find_mask_token(tokenizer, target_config.get_text_config().vocab_size)
     return build_draft_config(
         target_config,
         algorithm=draft.algorithm,
         num_layers=draft.num_layers,
         block_size=draft.block_size,
+        sample_from_anchor=draft.sample_from_anchor,
         target_layer_ids=draft.target_layer_ids,
         mask_token_id=mask_token_id,
         markov_rank=draft.markov_rank,
@@ -253,6 +271,9 @@ def draft_config_of(
         head_dim=draft.head_dim,
         intermediate_size=draft.intermediate_size,
         sliding_window=draft.sliding_window,
+        ttt_length=draft.ttt_length,
+        step_loss_decay=config.train.loss.step_decay,
+        draft_vocab_size=draft.vocab_size,
         embedding_scale=adapter.embedding_scale(target_config),
         logit_scale=adapter.logit_scale(target_config),
         final_logit_softcapping=adapter.final_logit_softcapping(target_config),
@@ -261,7 +282,7 @@ def draft_config_of(
     )
 
 
-def _in_aligned_memory(draft: DSparkModel) -> DSparkModel:
+def _in_aligned_memory(draft: DraftModel) -> DraftModel:
     """Move the weights out of the mapped file. On CPUs the last bit of a matrix product depends on the alignment of its
     inputs, and a resumed run has to repeat those of an uninterrupted one."""
     for parameter in draft.parameters():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepspec.checkpoints import DRAFT, STATE, rotate, write_checkpoint
 from deepspec.config import TrainRun
-from deepspec.drafts import DSparkModel
+from deepspec.drafts import DraftModel
 from deepspec.training.devices import launcher_name
 from deepspec.training.optimizer_state import load_optimizer_state, save_optimizer_state
 from deepspec.training.resume import TARGET_WEIGHTS, digest_of, run_identity
@@ -38,7 +38,7 @@ class TrainerState:
     """
 
     def __init__(
-        self, config: TrainRun, accelerator: Accelerator, draft: DSparkModel, optimizer: Any, steps: int, samples: int
+        self, config: TrainRun, accelerator: Accelerator, draft: DraftModel, optimizer: Any, steps: int, samples: int
     ):
         self.config = config
         self.accelerator = accelerator
@@ -86,7 +86,7 @@ class TrainerState:
         save_optimizer_state(folder / STATE / OPTIMIZER, parameters, self.optimizer, self.accelerator)
 
 
-def _whole_weights(draft: DSparkModel, *, is_main: bool) -> dict[str, Tensor]:
+def _whole_weights(draft: DraftModel, *, is_main: bool) -> dict[str, Tensor]:
     """The draft's state dict; what ZeRO-3 has cut is gathered tensor by tensor and kept in the main rank's host memory.
 
     Every rank calls this; the dict is complete on the main rank.

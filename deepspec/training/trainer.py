@@ -22,7 +22,7 @@ from deepspec.training.batches import (
     EVALUATION,
     TRAINING,
     MicroBatch,
-    MicroBatchMaker,
+    batch_maker,
     batch_split,
     evaluation_batches,
     training_steps,
@@ -71,7 +71,9 @@ class Trainer:
         if config.train.compile:
             materials.draft.compile_layers()
         hold_target_weights_as_buffers(materials.draft, materials.target_dtype)
-        self.module = DraftTrainingModule(materials.draft, config.train.loss).to(accelerator.device)
+        self.module = DraftTrainingModule(materials.draft, config.train.loss, materials.target_head).to(
+            accelerator.device
+        )
         cast_inside(self.module, accelerator, config.train.mixed_precision)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.model, self.optimizer = accelerator.prepare(self.module, self._build_optimizer())
@@ -115,10 +117,10 @@ class Trainer:
             with self.meter.step() as step:
                 with self.meter.part("wait"):
                     batches = next(steps)
-                    weight_sum, stops = self._over_ranks(batches, step)
+                    divisor, stops = self._over_ranks(batches, step)
                 if stops:
                     break
-                row = self._step(batches, weight_sum)
+                row = self._step(batches, divisor)
             self.done += 1
             row |= self.meter.read() if row else {}
             try:
@@ -137,9 +139,8 @@ class Trainer:
         split = batch_split(self.config.train, self.accelerator.num_processes, eval_set.lengths())
         parts: list[Sums] = []
         self.module.eval()
-        for batch, counts in evaluation_batches(
-            eval_set, self._batch_maker(EVALUATION), split, self.accelerator.process_index
-        ):
+        maker = batch_maker(self.config, self.materials.draft, self.materials.pad_id, EVALUATION)
+        for batch, counts in evaluation_batches(eval_set, maker, split, self.accelerator.process_index):
             features = self.features.out_of_turn(batch.tokens)
             sums = self._forward(self.module, batch, features, with_metrics=True)
             if counts:
@@ -147,20 +148,20 @@ class Trainer:
         self.module.train()
         return self._summary(add_sums(parts))
 
-    def _step(self, batches: Sequence[MicroBatch], weight_sum: float) -> dict[str, float]:
+    def _step(self, batches: Sequence[MicroBatch], divisor: float) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches; metrics when this step is logged.
 
-        The loss is divided by the weight sum of the whole global batch. DDP and DeepSpeed average gradients over ranks,
+        The loss is divided by the divisor of the whole global batch. DDP and DeepSpeed average gradients over ranks,
         so their number is multiplied back in.
         """
         is_logged = (self.done + 1) % self.config.logging.log_steps == 0 or self.done + 1 == self.steps
         rate = self._set_learning_rate()
-        if weight_sum == 0:
+        if divisor == 0:
             self._note_empty_step(batches)
             self.loss = None
             return {"lr": rate, "supervised_weight": 0.0} if is_logged else {}
         self._empty_samples = 0
-        scale = self.accelerator.num_processes / weight_sum
+        scale = self.accelerator.num_processes / divisor
         parts: list[Sums] = []
         for batch in batches:
             is_last = batch is batches[-1]
@@ -172,7 +173,7 @@ class Trainer:
                     sums = self._forward(self.model, batch, features, with_metrics=is_logged)
                     parts.append({name: value.detach() for name, value in sums.items()})
                     if is_last:  # DeepSpeed applies the step inside this backward pass
-                        self.loss = self._checked_loss(parts, batches) / weight_sum
+                        self.loss = self._checked_loss(parts, batches) / divisor
                 with self.meter.part("backward"):
                     self.accelerator.backward(sums["loss"] * scale)
         with self.meter.part("optimizer"):
@@ -183,7 +184,7 @@ class Trainer:
             "lr": rate,
             "grad_norm": gradient_norm,
             "epoch": self._epochs_done(),
-            "supervised_weight": weight_sum,
+            "supervised_weight": divisor,
         }
         return self._summary(add_sums(parts)) | figures
 
@@ -256,9 +257,9 @@ class Trainer:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device), "sum"))
 
     def _over_ranks(self, batches: Sequence[MicroBatch], count: StepCount) -> tuple[float, bool]:
-        """Weight sum of the global batch, and whether any rank was told to stop; fills in `count`."""
+        """What the loss of the global batch is divided by, and whether any rank was told to stop; fills in `count`."""
         totals = [
-            sum(batch.weight_sum for batch in batches),
+            sum(batch.divisor for batch in batches),
             self.stop.requested,
             sum(batch.tokens.tokens for batch in batches),
             sum(batch.num_blocks for batch in batches),
@@ -267,9 +268,9 @@ class Trainer:
         if self.accelerator.num_processes > 1:
             tensor = torch.tensor(totals, dtype=torch.float64, device=self.accelerator.device)
             totals = self.accelerator.reduce(tensor, "sum").tolist()
-        weight_sum, stops, *counts = totals
+        divisor, stops, *counts = totals
         count.tokens, count.anchors, count.slots = map(int, counts)
-        return float(weight_sum), bool(stops)
+        return float(divisor), bool(stops)
 
     def _note_empty_step(self, batches: Sequence[MicroBatch]) -> None:
         """A global batch without a single anchor changes nothing; a whole pass of them is an error."""
@@ -294,7 +295,7 @@ class Trainer:
             start_step=self.done,
             steps=self.steps,
         )
-        maker = self._batch_maker(TRAINING)
+        maker = batch_maker(self.config, self.materials.draft, self.materials.pad_id, TRAINING)
         steps = training_steps(self.materials.train_set, sampler, maker, self.config.data.num_workers)
         ahead: deque[list[MicroBatch]] = deque()
         for batches in steps:
@@ -304,23 +305,12 @@ class Trainer:
                 yield ahead.popleft()
         yield from ahead
 
-    def _batch_maker(self, stream: int) -> MicroBatchMaker:
-        return MicroBatchMaker(
-            pad_id=self.materials.pad_id,
-            packed=self.config.train.tokens_per_batch is not None,
-            num_anchors=self.config.train.num_anchors,
-            block_size=self.materials.draft.block_size,
-            decay=self.config.train.loss.decay,
-            seed=self.config.seed,
-            stream=stream,
-        )
-
     def _build_meter(self) -> Meter:
         loss, draft = self.config.train.loss, self.materials.draft
         flops = StepFlops(
             draft,
             self.materials.features.flops_per_token,
-            needs_target_logits=loss.tv > 0 or draft.confidence_head is not None,
+            needs_target_logits=loss.tv > 0 or draft.confidence_head is not None or draft.soft_labels,
         )
         peak = peak_flops(self.accelerator.device) if self.config.train.mixed_precision == "bf16" else None
         return Meter(self.accelerator.device, flops, peak and peak * self.accelerator.num_processes)

@@ -1,0 +1,66 @@
+"""What the config of an Eagle3 draft holds beside what every draft's does (EAGLE-3, arXiv 2503.01840)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from deepspec.config import ConfigError
+
+EAGLE3 = "eagle3"
+QWEN3_EAGLE3 = "Qwen3Eagle3Model"
+EAGLE3_ARCHITECTURES = (QWEN3_EAGLE3, "Eagle3DraftModel")  # the first is written, both are read
+
+
+def is_eagle3(config: PreTrainedConfig) -> bool:
+    """By its architecture, or by `draft_algorithm` where a config was not saved yet."""
+    named = set(getattr(config, "architectures", None) or [])
+    return bool(named & set(EAGLE3_ARCHITECTURES)) or getattr(config, "draft_algorithm", None) == EAGLE3
+
+
+def own_fields(ttt_length: int, step_loss_decay: float) -> dict[str, Any]:
+    """To be written."""
+    return {"ttt_length": ttt_length, "step_loss_decay": step_loss_decay, "draft_num_hidden_layers": 1}
+
+
+def own_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of `DraftSettings` that an Eagle3 config fills otherwise than a DSpark config.
+
+    Raises:
+        ConfigError: a field is missing, or it asks for what DeepSpec does not have.
+    """
+    missing = [key for key in ("ttt_length", "target_layer_ids") if getattr(config, key, None) is None]
+    if missing:
+        raise ConfigError(f"not the config of an Eagle3 draft: {', '.join(missing)} missing")
+    if config.num_hidden_layers != 1:
+        raise ConfigError(f"num_hidden_layers={config.num_hidden_layers}: an Eagle3 draft has one layer here")
+    # EAGLE 3.1 and the variants of `speculators`; published DeepSpec drafts have none of them.
+    for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"):
+        if getattr(config, key, False):
+            raise ConfigError(f"{key}=true: DeepSpec has no such Eagle3 draft")
+    return {
+        "algorithm": EAGLE3,
+        "block_size": config.ttt_length,
+        "sample_from_anchor": True,
+        "mask_token_id": None,
+        "markov_rank": 0,
+        "markov_head_type": "vanilla",
+        "confidence_head": False,
+        "confidence_head_with_markov": False,
+    }
+
+
+def check_settings(num_layers: int, architecture: str, sliding_window: int | None) -> None:
+    """Refuse what an Eagle3 draft cannot be. Raises ConfigError."""
+    for key, value, only in (
+        ("num_layers", num_layers, 1),
+        ("architecture", architecture, QWEN3_EAGLE3),
+        ("sliding_window", sliding_window, None),
+    ):
+        if value != only:
+            shown = "null" if only is None else only
+            raise ConfigError(
+                f"draft.{key}={value}: with draft.algorithm=eagle3 it can only be {shown}; choose the group with "
+                f"draft=eagle3, or set draft.{key}={shown}"
+            )
