@@ -10,7 +10,7 @@ from conftest import GOLDENS
 from decoding_world import random_target
 
 from deepspec import load_draft
-from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine, proposer_of
 from deepspec.decoding.policies import ConfidenceThreshold
 from deepspec.targets import load_target
 
@@ -31,16 +31,18 @@ def requests_of(vocab: int, temperature: float) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("threshold", [None, 0.5])
+@pytest.mark.parametrize(
+    ("name", "threshold"), [("dspark_vanilla", None), ("dspark_vanilla", 0.5), ("dflash", None), ("eagle3", None)]
+)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_graphs_change_nothing(pair, temperature, threshold):
-    target, draft = pair
+def test_graphs_change_nothing(pair, name, temperature, threshold):
+    target, draft = pair[0], load_draft(GOLDENS / f"ckpt_{name}", device="cuda")
     requests = requests_of(target.vocab_size, temperature)
     outputs = []
     for graphs in (False, True):
-        policy = None if threshold is None else ConfidenceThreshold(threshold, draft.block_size)
+        policy = None if threshold is None else ConfidenceThreshold(threshold, draft.draft_length)
         engine = SpeculativeEngine(
-            target, DSparkProposer(draft, target), slots=5, max_length=96, policy=policy, graphs=graphs
+            target, proposer_of(draft, target), slots=5, max_length=96, policy=policy, graphs=graphs
         )
         outputs.append([completion.output_ids for completion in engine.generate(requests)])
     assert outputs[0] == outputs[1]

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_draft_config, tiny_target_config
 from transformers import AutoModelForCausalLM
 
-from deepspec.decoding import DSparkProposer, Request
+from deepspec.decoding import Request, proposer_of
 from deepspec.decoding.cache import SlotCache
 from deepspec.decoding.passes import target_pass
 from deepspec.decoding.policies import ConfidenceThreshold, FixedLength
@@ -19,17 +19,22 @@ from deepspec.targets import Target
 
 META = torch.device("meta")
 ROWS, COLUMNS = 2, 24
+HEADLESS = {"markov_rank": 0, "confidence_head": False, "confidence_head_with_markov": False}
+KINDS = {
+    "dspark": {},
+    "eagle3": {"algorithm": "eagle3", "num_layers": 1, "ttt_length": 5, "architecture": "Qwen3Eagle3Model", **HEADLESS},
+}
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("threshold", [None, 0.5])
+@pytest.mark.parametrize(("kind", "threshold"), [("dspark", None), ("dspark", 0.5), ("eagle3", None)])
 @torch.inference_mode()
-def test_a_round_stays_on_its_device(threshold: float | None, temperature: float, rule: str) -> None:
+def test_a_round_stays_on_its_device(kind: str, threshold: float | None, temperature: float, rule: str) -> None:
     with META:
         target = Target(AutoModelForCausalLM.from_config(tiny_target_config(), attn_implementation="sdpa"), "meta")
-        draft = build_draft(tiny_draft_config(target.config), target)
-    proposer = DSparkProposer(draft, target, allow_other_target=True)
+        draft = build_draft(tiny_draft_config(target.config, **KINDS[kind]), target)
+    proposer = proposer_of(draft, target, allow_other_target=True)
     size = proposer.block_size
     proposer.allocate(ROWS, COLUMNS)
     cache = SlotCache(target, ROWS, COLUMNS, size + 1)

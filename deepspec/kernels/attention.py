@@ -273,9 +273,10 @@ def block_attention_single(
     hidden = ~spans.visible(context)[:, None]
     over_context = (grouped @ context_key.transpose(-1, -2)).masked_fill(hidden, HIDDEN_SCORE)
     over_block = grouped @ block_key[:, :, 0].transpose(-1, -2)
-    padding = over_block.new_full((*over_block.shape[:-1], -slots % ALIGNED_SCORES), HIDDEN_SCORE)
+    own = block_key.shape[3]
+    padding = over_block.new_full((*over_block.shape[:-1], -own % ALIGNED_SCORES), HIDDEN_SCORE)
     weights = torch.cat([over_context, over_block, padding], dim=-1).softmax(-1)
-    attended = weights[..., :context] @ context_value + weights[..., context : context + slots] @ block_value[:, :, 0]
+    attended = weights[..., :context] @ context_value + weights[..., context : context + own] @ block_value[:, :, 0]
     return attended.view(query.shape)
 
 
