@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from transformers import Gemma4TextConfig, PreTrainedConfig, Qwen3Config
+from transformers import Gemma4TextConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from deepspec.config import ConfigError, near_match
 from deepspec.drafts import eagle3_configuration as eagle3
-from deepspec.drafts.eagle3_configuration import EAGLE3, QWEN3_EAGLE3, is_eagle3
+from deepspec.drafts.eagle3_configuration import EAGLE3, EAGLE3_ARCHITECTURES, LLAMA_EAGLE3, is_eagle3
 from deepspec.drafts.families import family_of
 from deepspec.drafts.shapes import LayerShape, layer_shape, norm_epsilon, plain_rope, position_limit
 
@@ -34,9 +34,10 @@ def architecture_of(config: PreTrainedConfig) -> str:
     family_of(config)
     if not is_eagle3(config):
         return ARCHITECTURES[config.model_type]
-    if config.model_type != "qwen3":
-        raise ConfigError(f"model_type={config.model_type}: an Eagle3 draft is qwen3-shaped here")
-    return QWEN3_EAGLE3
+    if config.model_type not in EAGLE3_ARCHITECTURES:
+        allowed = ", ".join(EAGLE3_ARCHITECTURES)
+        raise ConfigError(f"model_type={config.model_type}: an Eagle3 draft's is one of {allowed}")
+    return EAGLE3_ARCHITECTURES[config.model_type]
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def build_draft_config(
     Args:
         target_layer_ids: captured decoder layers, 0-based, -1 = embedding output; None = `default_layer_ids`.
         block_size, mask_token_id, num_anchors, sliding_window and the heads': not of Eagle3, which has none of them.
-        architecture: Qwen3DSparkModel, Gemma4DSparkModel for a Gemma 4 target, or Qwen3Eagle3Model for Eagle3.
+        architecture: Qwen3DSparkModel, or Gemma4DSparkModel for a Gemma 4 target; of Eagle3 Qwen3Eagle3Model or
+            LlamaEagle3Model.
         num_heads, num_kv_heads, head_dim, intermediate_size: of the draft's layers; None = see `layer_shape`.
         sliding_window: context tokens that a block sees; None = all. Stored as engines read it: sliding layers that are
             not causal, see `DraftSettings.of`.
@@ -263,7 +265,7 @@ def _qwen3_config(
             "is_causal": False,
             "dflash_config": {"causal": False},
         }
-    return Qwen3Config(**fields)
+    return (LlamaConfig if fields["architectures"] == [LLAMA_EAGLE3] else Qwen3Config)(**fields)
 
 
 def _gemma4_config(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from deepspec.drafts.configuration import ARCHITECTURES, GEMMA4, QWEN3, DraftSettings
+from deepspec.drafts.configuration import GEMMA4, QWEN3, DraftSettings, architecture_of
+from deepspec.drafts.eagle3_configuration import EAGLE3_ARCHITECTURES, LLAMA_EAGLE3, QWEN3_EAGLE3
 
 
 def engine_limits(config: PreTrainedConfig) -> list[str]:
     """What a draft of this config needs and an engine cannot do, a clause each; empty if vLLM and SGLang do all."""
-    settings, architecture = DraftSettings.of(config), ARCHITECTURES[config.model_type]
+    settings, architecture = DraftSettings.of(config), architecture_of(config)
+    if architecture in EAGLE3_ARCHITECTURES.values():
+        return _eagle3_limits(settings, architecture)
     if architecture not in (QWEN3, GEMMA4):
         return [f"no engine has {architecture}"]
     limits = []
@@ -34,4 +37,17 @@ def engine_limits(config: PreTrainedConfig) -> list[str]:
         )
     elif settings.markov_head_type != "vanilla":
         limits.append(f"vLLM has only the vanilla sequential head (markov_head_type={settings.markov_head_type})")
+    return limits
+
+
+def _eagle3_limits(settings: DraftSettings, architecture: str) -> list[str]:
+    """vLLM reads both shapes, in the layout of `speculators`; states and positions of a chain are the same there."""
+    limits = []
+    if architecture == QWEN3_EAGLE3:
+        limits.append(f"SGLang has no query and key norms in an Eagle3 (draft.architecture={LLAMA_EAGLE3} has none)")
+    if settings.embedding_scale != 1:
+        limits.append(f"vLLM and SGLang do not scale its embedding (embedding_scale={settings.embedding_scale:g})")
+    if settings.logit_softcap is not None:
+        cap = settings.logit_softcap
+        limits.append(f"vLLM and SGLang do not cap its logits (final_logit_softcapping={cap:g})")
     return limits

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from deepspec.drafts.configuration import ARCHITECTURES, DraftSettings
+from deepspec.drafts.configuration import DraftSettings, architecture_of
 from deepspec.evaluation.markdown import markdown_table
 from deepspec.evaluation.statistics import Estimate
 from deepspec.evaluation.summary import show_estimate, show_number
@@ -18,10 +18,11 @@ from deepspec.publishing.source import DraftSource
 
 PLOT_NAME = "tau.png"
 BUILTIN_TARGET = "builtin"
-TITLES = {"dspark": "DSpark", "dflash": "DFlash"}
+TITLES = {"dspark": "DSpark", "dflash": "DFlash", "eagle3": "Eagle3"}
 PAPERS = {
     "dspark": "[DSpark](https://arxiv.org/abs/2607.05147)",
     "dflash": "[DFlash](https://arxiv.org/abs/2602.06036)",
+    "eagle3": "[EAGLE-3](https://arxiv.org/abs/2503.01840)",
 }
 # What the card shows of a run's config.yaml, with its title.
 TRAINING_ROWS = {
@@ -38,6 +39,8 @@ TRAINING_ROWS = {
     "train.loss.tv": "Weight of total variation",
     "train.loss.confidence": "Weight of the confidence loss",
     "train.loss.decay": "Slot weight decay g in exp(-(k-1)/g)",
+    "train.loss.step_decay": "Factor of the loss from one step of the chain to the next",
+    "train.loss.divisor": "What the loss is divided by",
     "data.train_files": "Training data",
     "data.max_length": "Longest sample, tokens",
     "data.min_supervised_tokens": "Fewest supervised tokens of a sample",
@@ -107,6 +110,7 @@ def target_title(name: str | None) -> str:
 def _introduction(source: DraftSource, settings: DraftSettings, repo_id: str) -> str:
     config = source.config
     title = TITLES[settings.algorithm]
+    article = "An" if title[0] in "AEIOU" else "A"
     target = getattr(config, "target_model_name_or_path", None)
     fingerprint = getattr(config, "target_fingerprint", None)
     facts = [
@@ -121,7 +125,7 @@ def _introduction(source: DraftSource, settings: DraftSettings, repo_id: str) ->
     ]
     return (
         f"# {repo_id.split('/')[-1]}\n\n"
-        f"A {title} draft model for speculative decoding with {target_title(target)}. It proposes up to "
+        f"{article} {title} draft model for speculative decoding with {target_title(target)}. It proposes up to "
         f"{settings.block_size} tokens a round, and the target verifies them in one forward pass; the text has the "
         "target's own distribution. It is of no use without that target.\n\n" + markdown_table(("", ""), facts)
     )
@@ -187,15 +191,19 @@ def _architecture(source: DraftSource, settings: DraftSettings) -> str:
     config = source.config
     with_markov = " (reads the Markov embedding too)" if settings.confidence_head_with_markov else ""
     markov = f"{settings.markov_head_type}, rank {settings.markov_rank}" if settings.markov_rank else "none"
-    facts = [
-        ("Class", f"`{ARCHITECTURES[config.model_type]}`"),
-        ("Draft layers", str(config.num_hidden_layers)),
-        ("Block size", str(settings.block_size)),
-        ("Captured target layers", f"{list(settings.target_layer_ids)} of {settings.num_target_layers} (0-based)"),
+    of_blocks = [
         ("Markov head", markov),
         ("Confidence head", f"yes{with_markov}" if settings.confidence_head else "none"),
         ("Context window", f"{settings.context_window} tokens" if settings.context_window else "whole context"),
         ("Mask token id", str(settings.mask_token_id)),
+    ]
+    is_chain = settings.mask_token_id is None
+    facts = [
+        ("Class", f"`{architecture_of(config)}`"),
+        ("Draft layers", str(config.num_hidden_layers)),
+        ("Steps of the chain in training" if is_chain else "Block size", str(settings.block_size)),
+        ("Captured target layers", f"{list(settings.target_layer_ids)} of {settings.num_target_layers} (0-based)"),
+        *([] if is_chain else of_blocks),
         ("Hidden size, vocabulary", f"{config.hidden_size}, {config.vocab_size}"),
         ("Heads, key/value heads", f"{config.num_attention_heads}, {config.num_key_value_heads}"),
     ]

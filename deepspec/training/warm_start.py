@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from deepspec.config import ConfigError, DraftConfig
 from deepspec.drafts import DraftModel, DraftSettings, load_draft
 from deepspec.drafts.configuration import QWEN3, architecture_of
-from deepspec.drafts.eagle3_configuration import QWEN3_EAGLE3, is_eagle3
+from deepspec.drafts.eagle3_configuration import is_eagle3
 from deepspec.drafts.families import head_dim_of
 from deepspec.drafts.loading import find_draft_folder, read_draft_config
 
@@ -35,7 +35,7 @@ def filled_in(draft: DraftConfig, start_from: str | None) -> DraftConfig:
         "target_layer_ids": list(settings.target_layer_ids),
         "mask_token_id": settings.mask_token_id,
     }
-    if architecture_of(config) in (QWEN3, QWEN3_EAGLE3):  # the only ones whose sizes can be set
+    if architecture_of(config) == QWEN3 or is_eagle3(config):  # the only ones whose sizes can be set
         earlier |= _sizes(config)
     open_keys: dict[str, Any] = {key: value for key, value in earlier.items() if getattr(draft, key) is None}
     return replace(draft, **open_keys)
