@@ -166,6 +166,23 @@ def test_attention_of_a_gpu_and_of_decoding(steps: int) -> None:
         torch.testing.assert_close(found, expected[:, :, one], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("steps", [1, 3])
+def test_attention_and_its_gradients_on_a_gpu(steps: int) -> None:
+    generator = torch.Generator().manual_seed(steps)
+    shapes = [(2, 4, 200, 32), (2, 2, 200, 32), (2, 2, 200, 32), (2, 2, 200, steps, 32), (2, 2, 200, steps, 32)]
+    inputs = [torch.randn(shape, generator=generator).cuda().requires_grad_() for shape in shapes]
+    columns = torch.arange(200).expand(2, -1).cuda()
+    spans = ContextSpans(torch.where(columns < 90, 0, 90), columns)  # two documents, whose first chains see nothing
+    results = []
+    for attend in (chain_attention_masked, chain_attention_flex):
+        attended = attend(*inputs, spans, 0.2)
+        upstream = torch.randn(attended.shape, generator=torch.Generator().manual_seed(9)).cuda()
+        results.append((attended, *torch.autograd.grad(attended, inputs, upstream)))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-3)
+
+
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("architecture", SHAPES)
 def test_greedy_text_is_the_targets_own(target: Target, architecture: str, graphs: bool) -> None:
