@@ -86,13 +86,13 @@ def ways_to_decode(
     setup = scheduler_setup(options, draft, target.device)
     ways = {
         GENERATE: Way(lambda: generate(options, target, requests)),
-        LOOKUP: Way(lambda: generate(options, target, requests, prompt_lookup_num_tokens=draft.block_size)),
+        LOOKUP: Way(lambda: generate(options, target, requests, prompt_lookup_num_tokens=draft.draft_length)),
         GROWING: Way(lambda: one_by_one(target, draft, requests)),
     }
     for size in sizes_of(options):
         ways |= with_the_engine(options, target, draft, setup, requests, size, against=[GENERATE, GROWING])
-        lookup = LookupProposer(draft.block_size)
-        found = ConfidenceThreshold(0.5, draft.block_size)
+        lookup = LookupProposer(draft.draft_length)
+        found = ConfidenceThreshold(0.5, draft.draft_length)
         run = engine(options, target, lookup, requests, size, policy=found)
         ways[f"prompt lookup, batch {size}"] = Way(run, [f"plain, batch {size}", LOOKUP])
     for name, of_set in sets.items():
@@ -133,9 +133,9 @@ def scheduler_setup(options: BenchmarkOptions, draft: DSparkModel, device: torch
     """For one row; None = no table was given."""
     if options.sps is None:
         return None
-    temperatures = load_calibration(find_draft_folder(options.checkpoint), draft.block_size)
+    temperatures = load_calibration(find_draft_folder(options.checkpoint), draft.draft_length)
     has_confidences, table = draft.confidence_head is not None, load_table(options.sps)
-    return PolicySetup(draft.block_size, 1, has_confidences, device, sps=table, temperatures=temperatures)
+    return PolicySetup(draft.draft_length, 1, has_confidences, device, sps=table, temperatures=temperatures)
 
 
 def engine(

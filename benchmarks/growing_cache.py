@@ -19,7 +19,7 @@ from deepspec.targets import Target
 def decode(target: Target, draft: DSparkModel, request: Request) -> tuple[list[int], int]:
     """One request's output tokens and its number of rounds."""
     settings = SamplingSettings.of_requests([request], target.vocab_size, target.device)
-    stream = UniformStream(request.seed, 2 * draft.block_size + 1)
+    stream = UniformStream(request.seed, 2 * draft.draft_length + 1)
     cache = DynamicCache()
     prompt = torch.tensor([request.prompt_ids])
     logits, context = _forward(target, draft, prompt, 0, cache, [])
@@ -36,13 +36,13 @@ def decode(target: Target, draft: DSparkModel, request: Request) -> tuple[list[i
         if distribution is None:
             verdict = verify_greedy(tokens, logits.argmax(-1), None)
         else:
-            accept = uniform[None, draft.block_size : -1]
+            accept = uniform[None, draft.draft_length : -1]
             verdict = verify_tokens(tokens, distribution, probabilities(logits, settings), None, accept, uniform[-1:])
         accepted = int(verdict.accepted)
         output += [*tokens[0, :accepted].tolist(), int(verdict.next_token)]
         length, rounds = length + accepted + 1, rounds + 1
-        if accepted < draft.block_size:
-            cache.crop(accepted - draft.block_size)  # tokens to remove, as a negative number
+        if accepted < draft.draft_length:
+            cache.crop(accepted - draft.draft_length)  # tokens to remove, as a negative number
         context = [(keys[:, :, :length], values[:, :, :length]) for keys, values in context]
     stop = next((i + 1 for i, token in enumerate(output) if token in request.stop_token_ids), request.max_new_tokens)
     return output[: min(stop, request.max_new_tokens)], rounds

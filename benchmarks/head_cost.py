@@ -28,12 +28,12 @@ def head_share(
     """
     headless = copy.copy(draft)
     headless._modules = draft._modules | {"markov_head": None, "confidence_head": None}
-    tokens = (WARM_UP + repeats * rounds + 1) * (draft.block_size + 1)
+    tokens = (WARM_UP + repeats * rounds + 1) * (draft.draft_length + 1)
     rows = [
         replace(requests[row % len(requests)], max_new_tokens=tokens, stop_token_ids=(), seed=row)
         for row in range(batch)
     ]
-    positions = max(len(row.prompt_ids) for row in rows) + tokens + draft.block_size
+    positions = max(len(row.prompt_ids) for row in rows) + tokens + draft.draft_length
     engines = [
         SpeculativeEngine(target, DSparkProposer(made, target), slots=batch, max_length=positions)
         for made in (draft, headless)

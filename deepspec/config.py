@@ -41,7 +41,8 @@ class DraftConfig:
     num_kv_heads: int | None = None  # key/value heads, a divisor of the heads; null likewise
     head_dim: int | None = None  # width of a head, even; null likewise
     intermediate_size: int | None = None  # width of the MLP; null = the target's, 3 * hidden size for narrow experts
-    block_size: int = 7  # gamma: tokens drafted per round; not of Eagle3
+    block_size: int = 7  # slots of a block, the anchor's among them; not of Eagle3
+    sample_from_anchor: bool = True  # the anchor's slot predicts too: block_size tokens a round; false = one fewer
     ttt_length: int = 7  # Eagle3: steps of its training, and the most tokens drafted per round
     target_layer_ids: list[int] | None = (
         None  # captured target layers, 0-based, -1 = embedding output; null = spread evenly
@@ -53,6 +54,9 @@ class DraftConfig:
     confidence_head_with_markov: bool = True  # the confidence head also reads the previous token's Markov embedding
     start_from_target: bool = False  # begin as the target's last layers and final norm; they must be like the draft's
     sliding_window: int | None = None  # a block sees only this many context tokens; null = all
+    vocab_size: int | None = (
+        None  # it proposes only this many tokens, those that the training data uses most; null = all
+    )
 
 
 @dataclass
@@ -236,6 +240,7 @@ RANGES: dict[str, tuple[float | None, float | None]] = {
     "draft.ttt_length": (1, 64),
     "draft.markov_rank": (0, None),
     "draft.sliding_window": (1, None),
+    "draft.vocab_size": (1, None),
     "data.eval_samples": (1, None),
     "data.max_length": (2, None),
     "data.min_supervised_tokens": (0, None),

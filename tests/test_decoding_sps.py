@@ -136,11 +136,11 @@ def test_the_shipped_table_is_what_its_derivation_gives():
 
 
 def test_the_roofline_counts_qwen3_4b_right():
-    assert QWEN3_4B.layer_weights * 36 + QWEN3_4B.head_weights == pytest.approx(4.02e9, rel=0.002)
+    assert QWEN3_4B.weights == pytest.approx(4.02e9, rel=0.002)
     near, far = (Roofline(H200, QWEN3_4B, context) for context in (1024, 4096))
     further = (far.context_seconds(8) - near.context_seconds(8)) * 3.84e12 / (8 * 3072)
     assert further == pytest.approx(2 * 36 * 8 * 128 * 2)  # bytes of keys and values per token
-    weights = 5 * QWEN3_4B.layer_weights + QWEN3_4B.head_weights + 7 * 256 * 151936
+    weights = QWEN3_4B.draft_weights + 7 * 256 * 151936
     reading = 2 * weights + 1024 * 2 * 5 * 8 * 128 * 2
     assert near.draft_seconds(1) == pytest.approx(reading / 3.84e12 + 60e-6 + 7 * 15e-6)
 

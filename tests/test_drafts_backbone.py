@@ -28,6 +28,8 @@ VARIANTS = [
     {"num_heads": 3, "num_kv_heads": 1, "head_dim": 12, "intermediate_size": 20},
     {"sliding_window": 4},
     {"block_size": 1},
+    {"sample_from_anchor": False},
+    {"algorithm": "dflash", "markov_rank": 0, "confidence_head": False, "sample_from_anchor": False, "block_size": 2},
 ]
 
 
@@ -50,7 +52,7 @@ def test_decoding_from_a_cache_equals_training(tiny_draft: MakeDraft, tiny_batch
             keys.masked_fill_(stale[:, None, :, None], 7.0), values.masked_fill_(stale[:, None, :, None], -9.0)
         tokens = tiny_batch.input_ids.gather(1, anchors[:, None])[:, 0]
         decoded = draft.draft_block(tokens, anchors, cache)
-        assert decoded.shape == (rows, draft.block_size, 32)
+        assert decoded.shape == (rows, draft.draft_length, 32)
         torch.testing.assert_close(decoded, trained[:, block], rtol=1e-5, atol=1e-5)
 
 

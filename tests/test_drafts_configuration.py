@@ -43,6 +43,10 @@ def test_default_layers_are_the_published_ones(depth: int, expected: list[int]) 
         ({"target_layer_ids": [1, 1]}, r"draft.target_layer_ids=\[1, 1\]: not strictly increasing"),
         ({"target_layer_ids": []}, r"draft.target_layer_ids=\[\]: name at least one layer"),
         ({"block_size": 0}, "draft.block_size=0: must be at least 1"),
+        (
+            {"block_size": 1, "sample_from_anchor": False},
+            "draft.block_size=1: must be at least 2 with draft.sample_from_anchor=false",
+        ),
         ({"num_layers": 0}, "draft.num_layers=0: must be at least 1"),
         ({"num_anchors": 0}, "train.num_anchors=0: must be at least 1"),
         ({"sliding_window": 0}, "draft.sliding_window=0: must be at least 1"),
@@ -78,6 +82,8 @@ def test_impossible_targets() -> None:
 
 def test_gemma_drafts_take_gemma_settings_only() -> None:
     target = tiny_target_config("gemma4")
+    with pytest.raises(ConfigError, match=r"draft.sample_from_anchor=false: no engine has it for Gemma4DSparkModel"):
+        tiny_draft_config(target, architecture="Gemma4DSparkModel", sample_from_anchor=False)
     with pytest.raises(ConfigError, match=r"draft.sliding_window=9: Gemma4DSparkModel has full attention only"):
         tiny_draft_config(target, architecture="Gemma4DSparkModel", sliding_window=9)
     with pytest.raises(ConfigError, match=r"its embedding is scaled by sqrt\(hidden size\), that of the target by 3"):
@@ -136,7 +142,8 @@ def test_a_window_is_written_as_engines_read_it() -> None:
         ({"is_causal": True}, "the slots of this draft do not see those behind them"),
         ({"is_causal": None, "dflash_config": {}}, "the slots of this draft do not see those behind them"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "all layers of a draft must be full_attention, or"),
-        ({"sample_from_anchor": False}, "sample_from_anchor=false: the first slot of this draft predicts nothing"),
+        ({"dflash_config": {"causal": False, "use_swa": True}}, "use_swa=True: DeepSpec has no such draft"),
+        ({"sample_from_anchor": False, "block_size": 1}, "must be at least 2 with draft.sample_from_anchor=false"),
     ],
 )
 def test_drafts_of_another_kind_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -172,6 +179,7 @@ def test_fields_follow_the_heads_and_the_target() -> None:
         ),
         ({"markov_head_type": "rnn"}, [r"vLLM has only the vanilla sequential head \(markov_head_type=rnn\)"]),
         ({"algorithm": "dflash", "markov_rank": 0, "confidence_head": False}, ["without a sequential head"]),
+        ({"algorithm": "dflash", "markov_rank": 0, "confidence_head": False, "sample_from_anchor": False}, []),
     ],
 )
 def test_what_engines_cannot_do_is_said(changes: dict[str, Any], expected: list[str]) -> None:

@@ -202,6 +202,37 @@ def test_sampling_is_lossless(sampling: dict[str, Any]) -> None:
     assert min(p_values(sampled(engine_of(proposer_of(draft, lossless_target())), sampling), sampling)) > ACCEPTABLE
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.4])
+def test_a_vocabulary_of_its_own(target: Target, penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = eagle3_draft(target, draft_vocab_size=20)
+    draft.keep_tokens(torch.arange(1, 60, 3))
+    draft.tie_to_target(target)
+    proposer = Eagle3Proposer(draft, target)
+    proposed: list[int] = []
+    propose = proposer.propose
+
+    def remember(*args: Any) -> Any:
+        proposal = propose(*args)
+        proposed.extend(proposal.tokens.flatten().tolist())
+        return proposal
+
+    monkeypatch.setattr(proposer, "propose", remember)
+    engine = SpeculativeEngine(target, proposer, max_length=64)
+    request = Request([5, 9, 2], 20, repetition_penalty=penalty)
+    expected = generated(target, [5, 9, 2], 20, repetition_penalty=penalty)
+    assert engine.generate([request])[0].output_ids == expected
+    assert {token % 3 for token in proposed} == {1}
+
+
+def test_sampling_with_a_vocabulary_of_its_own_is_lossless() -> None:
+    settings = EAGLE3 | {"ttt_length": BLOCK, "target_layer_ids": (0, 1), "draft_vocab_size": 4}
+    draft = random_draft(lossless_target(), **settings, scale=0.5)
+    draft.keep_tokens(torch.tensor([0, 2, 3, 5]))
+    draft.tie_to_target(lossless_target())
+    sampling = {"temperature": 1.0}
+    assert min(p_values(sampled(engine_of(proposer_of(draft, lossless_target())), sampling), sampling)) > ACCEPTABLE
+
+
 def test_decoding_makes_the_states_of_training(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the drafted tokens are the text itself; after a verify pass whose tokens were rejected."""
     draft = eagle3_draft(target)

@@ -65,7 +65,7 @@ def steps_of(run, materials, steps: int = 4, num_workers: int = 0):
         pad_id=materials.pad_id,
         packed=run.train.tokens_per_batch is not None,
         num_anchors=run.train.num_anchors,
-        block_size=run.draft.block_size,
+        draft_length=run.draft.block_size,
         decay=run.train.loss.decay,
         seed=run.seed,
     )

@@ -85,6 +85,23 @@ def likely_at_the_end(inputs: Inputs) -> Inputs:
     return inputs | {"head": head, "hidden": inputs["hidden"].abs(), "target_hidden": inputs["target_hidden"].abs()}
 
 
+def pruned(inputs: Inputs, every: int = 3) -> Inputs:
+    """Of a draft that knows every so many tokens of the vocabulary; some targets are among the others."""
+    head, markov_w2 = inputs["head"], inputs["markov_w2"]
+    kept = torch.arange(1, len(head), every)
+    targets = inputs["targets"]
+    if targets is not None:
+        targets = targets % len(kept)
+        targets[1::3] = -1
+    return inputs | {
+        "head": head[kept],
+        "markov_w2": None if markov_w2 is None else markov_w2[kept],
+        "targets": targets,
+        "kept": kept,
+        "target_head": head,
+    }
+
+
 NO_MARKOV: Inputs = {"latents": None, "markov_w2": None}
 NO_TARGET: Inputs = {"target_hidden": None, "ce_scale": 1.0, "tv_scale": 0.0}
 SOFT: Inputs = {"targets": None, "ce_scale": 1.0, "tv_scale": 0.0}
@@ -105,6 +122,12 @@ FLOAT32: dict[str, Inputs] = {
     "capped dflash": random_inputs(**NO_MARKOV, **NO_TARGET, softcap=2.0),
     "eagle3": random_inputs(**NO_MARKOV, **SOFT),
     "soft with distance": random_inputs(targets=None, softcap=2.0, logit_scale=0.7),
+    "pruned": pruned(random_inputs()),
+    "pruned, scaled and capped": pruned(random_inputs(logit_scale=0.7, softcap=2.0)),
+    "pruned, a whole block": pruned(random_inputs(3, 8192, 8), every=2),
+    "pruned dflash": pruned(random_inputs(**NO_MARKOV, **NO_TARGET)),
+    "almost whole": pruned(random_inputs(5, 17), every=1),
+    "pruned eagle3": pruned(random_inputs(targets=None)),
 }
 BF16 = {
     "dspark bf16": in_dtype(random_inputs(12), torch.bfloat16),
@@ -117,6 +140,7 @@ BF16 = {
     ),
     "scaled and capped bf16": in_dtype(random_inputs(12, logit_scale=0.5, softcap=3.0), torch.bfloat16),
     "capped dflash bf16": in_dtype(random_inputs(12, **NO_MARKOV, **NO_TARGET, softcap=3.0), torch.bfloat16),
+    "pruned bf16": in_dtype(pruned(random_inputs(12, softcap=3.0)), torch.bfloat16, ("head", "target_head")),
     "head in float32": in_dtype(random_inputs(12), torch.bfloat16, ("hidden", "latents", "target_hidden")),
 }
 CHUNKS = (1, 3, 100)
@@ -195,7 +219,9 @@ def test_chunked_equals_the_plain_formulation(case: str, chunk_rows: int) -> Non
     assert_close(outputs(FLOAT32[case], "chunked", chunk_rows), outputs(FLOAT32[case], "reference"), 1e-5)
 
 
-@pytest.mark.parametrize("case", ["dspark", "scaled and capped", "capped dflash"])
+@pytest.mark.parametrize(
+    "case", ["dspark", "scaled and capped", "capped dflash", "pruned", "pruned, scaled and capped", "pruned dflash"]
+)
 def test_the_plain_formulation_is_the_papers_with_the_targets_scale_and_cap(case: str) -> None:
     inputs = FLOAT32[case]
     exact = {
@@ -205,18 +231,20 @@ def test_the_plain_formulation_is_the_papers_with_the_targets_scale_and_cap(case
     leaves = {name: exact[name].requires_grad_() for name in TRAINED if exact[name] is not None}
     scale, cap = inputs.get("logit_scale", 1.0), inputs.get("softcap")
 
-    def logits_of(states: Tensor) -> Tensor:
-        logits = scale * states @ exact["head"].T
+    def logits_of(states: Tensor, head: Tensor) -> Tensor:
+        logits = scale * states @ head.T
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    logits = logits_of(exact["hidden"])
+    logits = logits_of(exact["hidden"], exact["head"])
     if exact["latents"] is not None:
         logits = logits + scale * exact["latents"] @ exact["markov_w2"].T
     drafted = logits.softmax(-1)
-    loss = inputs["ce_scale"] * functional.cross_entropy(logits, exact["targets"], reduction="none")
+    cross_entropy = functional.cross_entropy(logits, exact["targets"], reduction="none", ignore_index=-1)
+    loss = inputs["ce_scale"] * cross_entropy
     if exact["target_hidden"] is not None:
-        wanted = logits_of(exact["target_hidden"]).softmax(-1)
-        loss = loss + inputs["tv_scale"] * (drafted - wanted).abs().sum(-1)
+        wanted = logits_of(exact["target_hidden"], exact.get("target_head", exact["head"])).softmax(-1)
+        known = wanted[:, exact.get("kept", slice(None))]
+        loss = loss + inputs["tv_scale"] * ((drafted - known).abs().sum(-1) + 1 - known.sum(-1))
     (UPSTREAM * (exact["weights"] * loss).sum()).backward()
     expected = {"loss": (exact["weights"] * loss).sum().detach().float()}
     expected |= {name: leaf.grad.float() for name, leaf in leaves.items()}

@@ -30,7 +30,7 @@ class Samples:
 
 
 LENGTHS = np.arange(10, 22)
-MAKE = MicroBatchMaker(pad_id=0, packed=False, num_anchors=4, block_size=3, decay=4.0, seed=3)
+MAKE = MicroBatchMaker(pad_id=0, packed=False, num_anchors=4, draft_length=3, decay=4.0, seed=3)
 PACK = replace(MAKE, packed=True)
 
 

@@ -30,7 +30,7 @@ def test_count_is_that_of_the_products_with_weights(heads):
     draft = build_draft(tiny_draft_config(config, target_layer_ids=[0, 1], mask_token_id=511, **shape), target)
     loss = LossConfig() if heads else LossConfig(ce=1.0, tv=0.0, confidence=0.0)
     features = OnlineFeatures(target, [0, 1])
-    make = MicroBatchMaker(pad_id=0, packed=False, num_anchors=16, block_size=5, decay=4.0, seed=0)
+    make = MicroBatchMaker(pad_id=0, packed=False, num_anchors=16, draft_length=5, decay=4.0, seed=0)
     tokens = token_batch(torch.randint(0, 500, (2, 48)))
     batch = make([sample_of(tokens, row) for row in range(2)])
     with FlopCounterMode(display=False) as counter:

@@ -42,6 +42,14 @@ class ConversationDataset(torch.utils.data.Dataset):
         """Tokens of every sample."""
         return np.asarray(self.rows.with_format("numpy")["tokens"][:])
 
+    def supervised_counts(self, vocab_size: int) -> np.ndarray:
+        """How often each token is one to predict, [vocab_size]."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for table in self.rows.select_columns(["input_ids", "loss_mask"]).with_format("arrow").iter(batch_size=1000):
+            ids, mask = (np.concatenate([c.flatten().to_numpy() for c in column.chunks]) for column in table.columns)
+            counts += np.bincount(ids[mask.astype(bool)], minlength=vocab_size)
+        return counts
+
     def id_of(self, index: int) -> str:
         return self.rows[int(index)]["id"]
 

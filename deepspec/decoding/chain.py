@@ -80,19 +80,21 @@ class Eagle3Proposer:
         spans = self.draft.anchor_spans(positions[:, None])
         row = torch.arange(rows, device=positions.device)
         state = self._states[row, (positions - 1).clamp(min=0)][:, None]
-        token, own, penalty = anchors[:, None], None, settings.penalty
+        token, own = anchors[:, None], None
+        penalty = settings.penalty and settings.penalty.of_columns(self.draft.kept_tokens)
         tokens, distributions = [], []
         for step in range(length):
             state, own = self.draft.step(token, state, positions[:, None] + step, context, spans, own)
             logits = self.draft.base_logits(self.draft.norm(state))
             of_step = None if uniform is None else uniform[:, step : step + 1]
-            token, distribution = draw(penalty.apply(logits) if penalty else logits, settings, of_step)
+            drawn, distribution = draw(penalty.apply(logits) if penalty else logits, settings, of_step)
             if penalty:
-                penalty = penalty.after(token)
+                penalty = penalty.after(drawn)
+            token = self.draft.target_ids(drawn)
             tokens.append(token)
             if distribution is not None:
                 distributions.append(distribution)
-        drawn_from = torch.cat(distributions, dim=1) if distributions else None
+        drawn_from = self.draft.over_target(torch.cat(distributions, dim=1)) if distributions else None
         return Proposal(torch.cat(tokens, dim=1), drawn_from, None)
 
     def move(self, source: int, destination: int, length: int) -> None:

@@ -36,6 +36,10 @@ class RepetitionPenalty:
         """
         return penalise(logits, seen_along(self.seen, ids), self.factor)
 
+    def of_columns(self, columns: Tensor | None) -> RepetitionPenalty:
+        """Of some tokens of the vocabulary, long [columns]; None = all."""
+        return self if columns is None else replace(self, seen=self.seen[:, columns])
+
     def after(self, tokens: Tensor) -> RepetitionPenalty:
         """The same with tokens, long [rows, 1], seen as well; `seen` of this one does not change."""
         return replace(self, seen=self.seen.scatter(1, tokens, True))

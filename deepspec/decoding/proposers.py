@@ -35,7 +35,7 @@ class Proposal:
 class Proposer(Protocol):
     """Drafts from the target's features; keeps its own per-slot state, rewound by position like the engine's."""
 
-    block_size: int
+    block_size: int  # tokens that it drafts a round, at most
     layer_ids: Sequence[int]  # target layers whose output it reads
     has_confidences: bool
 
@@ -109,7 +109,7 @@ class DSparkProposer:
         """
         check_fits(draft, target, allow_other_target=allow_other_target)
         self.draft = draft.eval()
-        self.block_size = draft.block_size
+        self.block_size = draft.draft_length
         self.layer_ids: Sequence[int] = draft.target_layer_ids
         self.has_confidences = draft.confidence_head is not None
         self._layers = range(draft.config.num_hidden_layers)
@@ -176,19 +176,29 @@ def draw_block(
         uniform: float64 [rows, at least slots]; None when every row is greedy.
 
     Returns:
-        Tokens [rows, slots] and what they were drawn from, [rows, slots, vocab]; None when every row is greedy.
+        Tokens [rows, slots] and what they were drawn from, [rows, slots, vocab of the target]; None when every row is
+        greedy.
     """
-    logits, head, penalty, slots = draft.base_logits(hidden), draft.markov_head, settings.penalty, hidden.shape[1]
+    rows, drawn_from = _draw_rows(draft, anchors, hidden, settings, uniform)
+    return draft.target_ids(rows), None if drawn_from is None else draft.over_target(drawn_from)
+
+
+def _draw_rows(
+    draft: DSparkModel, anchors: Tensor, hidden: Tensor, settings: SamplingSettings, uniform: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """`draw_block` in the rows of the draft's head."""
+    logits, head, slots = draft.base_logits(hidden), draft.markov_head, hidden.shape[1]
+    penalty = settings.penalty and settings.penalty.of_columns(draft.kept_tokens)
     if head is None:
         uniform = None if uniform is None else uniform[:, :slots]
         return draw(penalty.apply(logits) if penalty else logits, settings, uniform)
     is_fused = settings.is_plain and penalty is None and runs_in_triton(logits, None)
-    token, tokens = anchors[:, None], []
+    previous, tokens = anchors[:, None], []
     drawn_from = None if settings.all_greedy else torch.empty_like(logits, dtype=torch.float32)
     state = head.initial_state(hidden[:, :1])
     for slot in range(slots):
         here = slice(slot, slot + 1)
-        latent, state = head.step(token, hidden[:, here], state)
+        latent, state = head.step(previous, hidden[:, here], state)
         of_slot = None if uniform is None else uniform[:, here]
         if is_fused:
             into = None if drawn_from is None else drawn_from[:, slot]
@@ -201,6 +211,7 @@ def draw_block(
         if penalty:
             penalty = penalty.after(token)
         tokens.append(token)
+        previous = draft.target_ids(token)
     return torch.cat(tokens, dim=1), drawn_from
 
 

@@ -52,6 +52,7 @@ class Shape:
     kv_heads: int
     head_dim: int
     vocab: int
+    draft_vocab: int  # that the draft can propose
     draft_layers: int
     block_size: int
     markov_rank: int
@@ -62,8 +63,14 @@ class Shape:
         return attention + 3 * self.hidden * self.intermediate
 
     @property
-    def head_weights(self) -> int:
-        return self.hidden * self.vocab
+    def weights(self) -> int:
+        """Of the layers and the head of the target."""
+        return self.layers * self.layer_weights + self.hidden * self.vocab
+
+    @property
+    def draft_weights(self) -> int:
+        """The same of the draft."""
+        return self.draft_layers * self.layer_weights + self.hidden * self.draft_vocab
 
 
 H200 = Gpu(
@@ -85,6 +92,7 @@ QWEN3_4B = Shape(
     kv_heads=8,
     head_dim=128,
     vocab=151936,
+    draft_vocab=151936,
     draft_layers=5,
     block_size=7,
     markov_rank=256,
@@ -101,7 +109,7 @@ class Roofline:
 
     def pass_seconds(self, tokens: int) -> float:
         """A pass of the target over so many tokens."""
-        return self.gpu.pass_floor + self._matrices(tokens, self.shape.layers)
+        return self.gpu.pass_floor + self._matrices(tokens, self.shape.layers, self.shape.weights)
 
     def memory_bound_tokens(self) -> int:
         """The most tokens that a pass takes in without taking longer than with one."""
@@ -111,8 +119,9 @@ class Roofline:
     def draft_seconds(self, rows: int) -> float:
         """Drafting for so many rows."""
         shape = self.shape
-        step = self.gpu.step_floor + self._slower(shape.markov_rank * shape.vocab, rows)
-        backbone = self.gpu.draft_floor + self._matrices(rows * shape.block_size, shape.draft_layers)
+        step = self.gpu.step_floor + self._slower(shape.markov_rank * shape.draft_vocab, rows)
+        tokens = rows * shape.block_size
+        backbone = self.gpu.draft_floor + self._matrices(tokens, shape.draft_layers, shape.draft_weights)
         return backbone + shape.block_size * step + self._context_seconds(rows, shape.draft_layers)
 
     def context_seconds(self, rows: int) -> float:
@@ -123,10 +132,10 @@ class Roofline:
         per_token = 2 * layers * self.shape.kv_heads * self.shape.head_dim * BF16_BYTES
         return rows * self.context * per_token / self._bandwidth
 
-    def _matrices(self, tokens: int, layers: int) -> float:
+    def _matrices(self, tokens: int, layers: int, weights: int) -> float:
         shape = self.shape
         attention = 2 * layers * shape.heads * shape.head_dim * self.context  # multiply-adds: scores and values
-        return self._slower(layers * shape.layer_weights + shape.head_weights, tokens, attention)
+        return self._slower(weights, tokens, attention)
 
     def _slower(self, weights: int, tokens: int, further_multiply_adds: int = 0) -> float:
         """Seconds to read the weights or to compute with them for every token, whichever takes longer."""
@@ -154,7 +163,7 @@ def roofline_record(gpu: Gpu = H200, shape: Shape = QWEN3_4B, context: int = 102
             "shape": asdict(shape),
             "context_tokens": context,
             "weights_per_layer": shape.layer_weights,
-            "weight_bytes": BF16_BYTES * (shape.layers * shape.layer_weights + shape.head_weights),
+            "weight_bytes": BF16_BYTES * shape.weights,
             "memory_bound_tokens": knee,
         },
         "points": [{"tokens": n, "steps_per_second": 1 / roofline.pass_seconds(n)} for n in sorted({*TOKENS, knee})],

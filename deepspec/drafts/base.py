@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,10 @@ from deepspec.drafts.confidence import ConfidenceHead
 from deepspec.drafts.configuration import DraftSettings
 from deepspec.drafts.families import family_of
 from deepspec.drafts.heads import MarkovHead
+from deepspec.drafts.vocabulary import DraftVocabulary
 from deepspec.kernels.losses import soft_cap
+
+LENT = ("embed_tokens.weight", "lm_head.weight")  # the target's, frozen
 
 
 class TargetWeights(Protocol):
@@ -35,7 +38,7 @@ class TargetWeights(Protocol):
     def final_norm(self) -> nn.Module: ...
 
 
-class DraftModel(PreTrainedModel):
+class DraftModel(DraftVocabulary, PreTrainedModel):
     """Base of the drafts: `fc` joins the captured states, `layers` and `norm` make the states that the head reads.
 
     A subclass names its `layer_class` and calls `_freeze_target_weights` and `post_init` at the end of its `__init__`.
@@ -55,7 +58,8 @@ class DraftModel(PreTrainedModel):
         self.fc = nn.Linear(captured * config.hidden_size, config.hidden_size, bias=False)
         self.layers = nn.ModuleList(self.layer_class(config, family) for _ in range(config.num_hidden_layers))
         self.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, self.settings.draft_vocab_size or config.vocab_size, bias=False)
+        self.make_vocabulary(config.vocab_size, self.settings.draft_vocab_size)
         self.markov_head: MarkovHead | None = None
         self.confidence_head: ConfidenceHead | None = None
         self.rotary_emb = family.rotary(config)
@@ -104,7 +108,7 @@ class DraftModel(PreTrainedModel):
     @property
     def draft_length(self) -> int:
         """The most tokens that it drafts in a round."""
-        return self.settings.block_size
+        return self.settings.draft_length
 
     @property
     def target_layer_ids(self) -> tuple[int, ...]:
@@ -115,22 +119,25 @@ class DraftModel(PreTrainedModel):
         return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     @torch.no_grad()
-    def tie_to_target(self, target: TargetWeights) -> None:
-        """Copy the target's embedding and head.
+    def tie_to_target(self, target: TargetWeights, names: Container[str] = LENT) -> None:
+        """Copy the target's embedding and head, or only what is named.
 
         Raises:
             ValueError: the target's shapes differ from the draft's.
         """
-        for name, module, weight in (
-            ("embedding", self.embed_tokens, target.embedding_weight),
-            ("head", self.lm_head, target.head_weight),
+        for name, lent, module, weight in (
+            ("embedding", "embed_tokens.weight", self.embed_tokens, target.embedding_weight),
+            ("head", "lm_head.weight", self.lm_head, target.head_weight),
         ):
-            if module.weight.shape != weight.shape:
+            if lent not in names:
+                continue
+            expected = [self.config.vocab_size, self.config.hidden_size]
+            if list(weight.shape) != expected:
                 raise ValueError(
-                    f"the target's {name} has shape {list(weight.shape)}, the draft's config says "
-                    f"{list(module.weight.shape)}: build the draft's config from this target"
+                    f"the target's {name} has shape {list(weight.shape)}, the draft's config says {expected}: build "
+                    "the draft's config from this target"
                 )
-            module.weight.copy_(weight)
+            module.weight.copy_(self.rows_of(weight) if module is self.lm_head else weight)
 
     def compile_layers(self, backend: str = "inductor") -> None:
         """torch.compile every layer in place; they share one compilation. Attention is a kernel of its own."""
@@ -145,7 +152,7 @@ class DraftModel(PreTrainedModel):
     def base_logits(self, hidden: Tensor) -> Tensor:
         """U_k through the frozen head, scaled and capped as the target's logits, in float32.
 
-        [..., hidden] -> [..., vocab]
+        [..., hidden] -> [..., vocab of the draft]
         """
         logits = self.lm_head(hidden).float()
         if self.settings.logit_scale != 1:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from deepspec.drafts.base import DraftModel, TargetWeights
 from deepspec.drafts.configuration import architecture_of
-from deepspec.drafts.dspark import Gemma4DSparkModel, LlamaDSparkModel, Qwen3DSparkModel
+from deepspec.drafts.dspark import DFlashDraftModel, Gemma4DSparkModel, LlamaDSparkModel, Qwen3DSparkModel
 from deepspec.drafts.eagle3 import LlamaEagle3Model, Qwen3Eagle3Model
 
 CLASSES: dict[str, type[DraftModel]] = {
     draft_class.__name__: draft_class
-    for draft_class in (Qwen3DSparkModel, Gemma4DSparkModel, LlamaDSparkModel, Qwen3Eagle3Model, LlamaEagle3Model)
+    for draft_class in (
+        Qwen3DSparkModel,
+        DFlashDraftModel,
+        Gemma4DSparkModel,
+        LlamaDSparkModel,
+        Qwen3Eagle3Model,
+        LlamaEagle3Model,
+    )
 }
 
 
@@ -21,8 +29,13 @@ def draft_class(config: PreTrainedConfig) -> type[DraftModel]:
     return CLASSES[architecture_of(config)]
 
 
-def build_draft(config: PreTrainedConfig, target: TargetWeights | None = None, *, seed: int = 0) -> DraftModel:
+def build_draft(
+    config: PreTrainedConfig, target: TargetWeights | None = None, *, seed: int = 0, kept_tokens: Tensor | None = None
+) -> DraftModel:
     """A fresh draft in float32 with seeded weights and, given a target, its embedding and head.
+
+    Args:
+        kept_tokens: what it can propose, see `DraftVocabulary.keep_tokens`; for a draft that cannot propose all.
 
     Raises:
         ConfigError: no draft for this family.
@@ -32,6 +45,8 @@ def build_draft(config: PreTrainedConfig, target: TargetWeights | None = None, *
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         draft = chosen(config)
+    if kept_tokens is not None:
+        draft.keep_tokens(kept_tokens)
     if target is not None:
         draft.tie_to_target(target)
     return draft

@@ -12,15 +12,17 @@ from transformers import Gemma4TextConfig, LlamaConfig, PreTrainedConfig, Qwen3C
 
 from deepspec.config import ConfigError, near_match
 from deepspec.drafts import eagle3_configuration as eagle3
-from deepspec.drafts.eagle3_configuration import EAGLE3, EAGLE3_ARCHITECTURES, LLAMA_EAGLE3, is_eagle3
+from deepspec.drafts.eagle3_configuration import EAGLE3, LLAMA_EAGLE3, is_eagle3
 from deepspec.drafts.families import family_of
 from deepspec.drafts.shapes import LayerShape, layer_shape, norm_epsilon, plain_rope, position_limit
 
 ALGORITHMS = ("dspark", "dflash", EAGLE3)
 HEAD_TYPES = ("vanilla", "gated", "rnn")
-QWEN3, GEMMA4 = "Qwen3DSparkModel", "Gemma4DSparkModel"
-# By model_type. LlamaDSparkModel is loaded, never written: no engine has it.
+QWEN3, GEMMA4, DFLASH = "Qwen3DSparkModel", "Gemma4DSparkModel", "DFlashDraftModel"
+# By model_type, see `architecture_of`. LlamaDSparkModel is loaded, never written: no engine has it.
 ARCHITECTURES = {"qwen3": QWEN3, "gemma4_text": GEMMA4, "llama": "LlamaDSparkModel"}
+NESTED = "dflash_config"  # where z-lab keeps a draft's own fields
+REQUIRED = ("block_size", "mask_token_id", "target_layer_ids")
 DEFAULT_CAPTURED_LAYERS = 5
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -32,12 +34,24 @@ def architecture_of(config: PreTrainedConfig) -> str:
         ConfigError: there is none for its `model_type`.
     """
     family_of(config)
-    if not is_eagle3(config):
-        return ARCHITECTURES[config.model_type]
-    if config.model_type not in EAGLE3_ARCHITECTURES:
-        allowed = ", ".join(EAGLE3_ARCHITECTURES)
-        raise ConfigError(f"model_type={config.model_type}: an Eagle3 draft's is one of {allowed}")
-    return EAGLE3_ARCHITECTURES[config.model_type]
+    if is_eagle3(config):
+        return eagle3.architecture_of(config)
+    settings = DraftSettings.of(config)
+    if config.model_type == "qwen3" and settings.algorithm == "dflash" and not settings.sample_from_anchor:
+        return DFLASH
+    return ARCHITECTURES[config.model_type]
+
+
+def known_architectures(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The names under which a draft with this config may be stored.
+
+    Raises:
+        ConfigError: there are no drafts of its `model_type`.
+    """
+    family_of(config)
+    if is_eagle3(config):
+        return (eagle3.architecture_of(config), eagle3.ALSO_READ)
+    return (ARCHITECTURES[config.model_type], *([DFLASH] if config.model_type == "qwen3" else []))
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,8 @@ class DraftSettings:
     """The draft's own fields of a config, with the defaults of configs that do not write all of them."""
 
     algorithm: str
-    block_size: int  # of Eagle3 the steps of its training, which it drafts as well
+    block_size: int  # input slots: the anchor and masks; of Eagle3 the steps of its training, which it drafts as well
+    sample_from_anchor: bool  # the first slot predicts the token after the anchor; False = it predicts nothing
     mask_token_id: int | None  # Eagle3 has none
     target_layer_ids: tuple[int, ...]
     num_target_layers: int
@@ -57,10 +72,18 @@ class DraftSettings:
     embedding_scale: float  # factor of the embedding's rows
     logit_scale: float  # factor of the head's logits and of the sequential head's bias
     logit_softcap: float | None  # c in c * tanh(logit / c), before the bias; None = off
+    draft_vocab_size: int | None  # tokens that it can propose, see `deepspec.drafts.vocabulary`; None = all
+
+    @property
+    def draft_length(self) -> int:
+        """Tokens drafted a round: one for every slot that predicts."""
+        return self.block_size if self.sample_from_anchor else self.block_size - 1
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> DraftSettings:
-        """Read a draft's config.
+        """Read a draft's config; a field may be in `dflash_config` alone, where it overrules one of the same name.
+
+        A DFlashDraftModel fills in masks behind its anchor, unless its config says that it samples from the anchor.
 
         A context window W is what engines call sliding attention without causality: every slot of a block sees the W
         tokens before the anchor, as in the training mask of `speculators`. vLLM's window is |query - key| < W for each
@@ -71,20 +94,19 @@ class DraftSettings:
         """
         if is_eagle3(config):
             return cls(**eagle3.own_settings(config), **_shared_settings(config))
-        missing = [key for key in ("block_size", "mask_token_id", "target_layer_ids") if not hasattr(config, key)]
-        if missing:
+        fields = {key: _field(config, key) for key in REQUIRED}
+        if missing := [key for key, value in fields.items() if value is None]:
             raise ConfigError(f"not the config of a DSpark, DFlash or Eagle3 draft: {', '.join(missing)} missing")
-        if not getattr(config, "sample_from_anchor", True):
-            raise ConfigError(
-                "sample_from_anchor=false: the first slot of this draft predicts nothing; DeepSpec uses only drafts in "
-                "which it predicts the token after the anchor"
-            )
+        _check_known(config)
+        samples = _field(config, "sample_from_anchor", DFLASH not in (config.architectures or []))
+        _check_block_size(fields["block_size"], samples)
         rank = getattr(config, "markov_rank", 0)
         confidence = getattr(config, "enable_confidence_head", False)
         return cls(
             algorithm=getattr(config, "draft_algorithm", None) or ("dspark" if rank or confidence else "dflash"),
-            block_size=config.block_size,
-            mask_token_id=config.mask_token_id,
+            block_size=fields["block_size"],
+            sample_from_anchor=samples,
+            mask_token_id=fields["mask_token_id"],
             markov_rank=rank,
             markov_head_type=getattr(config, "markov_head_type", None) or "vanilla",
             confidence_head=confidence,
@@ -98,14 +120,42 @@ class DraftSettings:
 def _shared_settings(config: PreTrainedConfig) -> dict[str, Any]:
     """Those that every draft has."""
     implied_scale = config.hidden_size**0.5 if family_of(config).scales_embedding else 1.0
+    proposable = getattr(config, "draft_vocab_size", None)
     return {
-        "target_layer_ids": tuple(config.target_layer_ids),
-        "num_target_layers": getattr(config, "num_target_layers", 0),
+        "target_layer_ids": tuple(_field(config, "target_layer_ids")),
+        "num_target_layers": _field(config, "num_target_layers", 0),
         "context_window": _context_window(config),
         "embedding_scale": getattr(config, "embedding_scale", implied_scale),
         "logit_scale": getattr(config, "logit_scale", 1.0),
         "logit_softcap": getattr(config, "final_logit_softcapping", None),
+        "draft_vocab_size": None if proposable == config.vocab_size else proposable,
     }
+
+
+def _field(config: PreTrainedConfig, name: str, default: Any = None) -> Any:
+    nested = _nested(config).get(name)
+    return getattr(config, name, default) if nested is None else nested
+
+
+def _nested(config: PreTrainedConfig) -> dict[str, Any]:
+    return getattr(config, NESTED, None) or {}
+
+
+def _check_block_size(block_size: int, sample_from_anchor: bool) -> None:
+    if sample_from_anchor:
+        _check_at_least("draft.block_size", block_size, 1)
+    elif block_size < 2:
+        raise ConfigError(
+            f"draft.block_size={block_size}: must be at least 2 with draft.sample_from_anchor=false, where the first "
+            "slot predicts nothing"
+        )
+
+
+def _check_known(config: PreTrainedConfig) -> None:
+    """Refuse what other DFlash drafts may ask of an engine and would go unnoticed here."""
+    for name, usual in (("use_swa", False), ("attention_value_scale", None), ("is_neox_style", True)):
+        if (value := _field(config, name, usual)) != usual:
+            raise ConfigError(f"{name}={value}: DeepSpec has no such draft")
 
 
 def _context_window(config: PreTrainedConfig) -> int | None:
@@ -117,7 +167,7 @@ def _context_window(config: PreTrainedConfig) -> int | None:
         )
     is_causal = getattr(config, "is_causal", None)
     if is_causal is None:
-        is_causal = (getattr(config, "dflash_config", None) or {}).get("causal", types[0] == SLIDING)
+        is_causal = _nested(config).get("causal", types[0] == SLIDING)
     if is_causal:
         raise ConfigError(
             "the slots of this draft do not see those behind them (is_causal, or sliding_attention without "
@@ -139,6 +189,7 @@ def build_draft_config(
     confidence_head: bool,
     confidence_head_with_markov: bool,
     num_anchors: int,
+    sample_from_anchor: bool = True,
     architecture: str = QWEN3,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
@@ -147,6 +198,7 @@ def build_draft_config(
     sliding_window: int | None = None,
     ttt_length: int = 7,
     step_loss_decay: float = 0.8,
+    draft_vocab_size: int | None = None,
     embedding_scale: float = 1.0,
     logit_scale: float = 1.0,
     final_logit_softcapping: float | None = None,
@@ -157,15 +209,20 @@ def build_draft_config(
     """The config of a draft for this target, of any family. Reads no weights.
 
     Args:
+        block_size: input slots of a block.
         target_layer_ids: captured decoder layers, 0-based, -1 = embedding output; None = `default_layer_ids`.
-        block_size, mask_token_id, num_anchors, sliding_window and the heads': not of Eagle3, which has none of them.
-        architecture: Qwen3DSparkModel, or Gemma4DSparkModel for a Gemma 4 target; of Eagle3 Qwen3Eagle3Model or
-            LlamaEagle3Model.
+        block_size: input slots of a block. It, mask_token_id, num_anchors, sliding_window and the heads' are not of
+            Eagle3, which has none of them.
+        sample_from_anchor: the first slot predicts the token after the anchor; False = DFlash's own convention, in
+            which the masks alone predict: block_size - 1 tokens. Such a DFlash becomes a DFlashDraftModel.
+        architecture: Qwen3DSparkModel, Gemma4DSparkModel for a Gemma 4 target, or of Eagle3 Qwen3Eagle3Model
+            or LlamaEagle3Model.
         num_heads, num_kv_heads, head_dim, intermediate_size: of the draft's layers; None = see `layer_shape`.
         sliding_window: context tokens that a block sees; None = all. Stored as engines read it: sliding layers that are
             not causal, see `DraftSettings.of`.
         ttt_length, step_loss_decay: of Eagle3: the steps of its training, and the factor of the loss from one to the
             next.
+        draft_vocab_size: tokens that the draft can propose; None, or as many as the target has or more, = all.
         embedding_scale, logit_scale, final_logit_softcapping: what the target does to the rows of its embedding and to
             the logits of its head (scaled first, then capped); the draft does the same. For Gemma4DSparkModel the
             embedding scale is implied. Written where they differ from the default.
@@ -184,7 +241,7 @@ def build_draft_config(
     else:
         _check_choice("draft.architecture", architecture, (QWEN3, GEMMA4))
     _check_at_least("draft.num_layers", num_layers, 1)
-    _check_at_least("draft.block_size", block_size, 1)
+    _check_block_size(block_size, sample_from_anchor)
     _check_at_least("draft.ttt_length", ttt_length, 1)
     _check_at_least("train.num_anchors", num_anchors, 1)
     sizes = {
@@ -193,7 +250,7 @@ def build_draft_config(
         "head_dim": head_dim,
         "intermediate_size": intermediate_size,
     }
-    for key, value in (sizes | {"sliding_window": sliding_window}).items():
+    for key, value in (sizes | {"sliding_window": sliding_window, "vocab_size": draft_vocab_size}).items():
         if value is not None:
             _check_at_least(f"draft.{key}", value, 1)
     if algorithm != EAGLE3 and (mask_token_id is None or not 0 <= mask_token_id < vocab):
@@ -225,7 +282,7 @@ def build_draft_config(
     else:
         fields |= {
             "block_size": block_size,
-            "sample_from_anchor": True,
+            "sample_from_anchor": sample_from_anchor,
             "mask_token_id": mask_token_id,
             "num_anchors": num_anchors,
             "enable_confidence_head": confidence_head,
@@ -235,11 +292,15 @@ def build_draft_config(
         fields["confidence_head_with_markov"] = confidence_head_with_markov
     if markov_rank:
         fields["markov_head_type"] = markov_head_type
+    if draft_vocab_size is not None and draft_vocab_size < vocab:
+        fields["draft_vocab_size"] = draft_vocab_size
     if logit_scale != 1:
         fields["logit_scale"] = logit_scale
     if final_logit_softcapping is not None:
         fields["final_logit_softcapping"] = final_logit_softcapping
     if architecture == GEMMA4:
+        if not sample_from_anchor:
+            raise ConfigError(f"draft.sample_from_anchor=false: no engine has it for {GEMMA4}; set {QWEN3}")
         return _gemma4_config(target_config, fields, sizes, sliding_window, embedding_scale)
     if embedding_scale != 1:
         fields["embedding_scale"] = embedding_scale
@@ -258,14 +319,14 @@ def _qwen3_config(
         "rope_parameters": plain_rope(target),
         "layer_types": [FULL if sliding_window is None else SLIDING] * fields["num_hidden_layers"],
     }
+    nested: dict[str, Any] = {"causal": False}
     if sliding_window is not None:
-        fields |= {
-            "use_sliding_window": True,
-            "sliding_window": sliding_window,
-            "is_causal": False,
-            "dflash_config": {"causal": False},
-        }
-    return (LlamaConfig if fields["architectures"] == [LLAMA_EAGLE3] else Qwen3Config)(**fields)
+        fields |= {"use_sliding_window": True, "sliding_window": sliding_window, "is_causal": False, NESTED: nested}
+    config = (LlamaConfig if fields["architectures"] == [LLAMA_EAGLE3] else Qwen3Config)(**fields)
+    config.architectures = [architecture_of(config)]
+    if config.architectures == [DFLASH]:
+        config.dflash_config = {name: fields[name] for name in ("mask_token_id", "target_layer_ids")} | nested
+    return config
 
 
 def _gemma4_config(

@@ -1,7 +1,9 @@
-"""The DSpark draft (arXiv 2607.05147, section 3); without its heads it is DFlash (arXiv 2602.06036) in DSpark's slots.
+"""The DSpark draft (arXiv 2607.05147, section 3); without its heads it is DFlash (arXiv 2602.06036).
 
-Slot k of a block (k = 1..G) reads the anchor token (k = 1) or a mask token at position anchor + k - 1 and predicts the
-token at anchor + k.
+A block reads the anchor token and behind it mask tokens, one a position. Where it samples from the anchor, each slot
+predicts the token behind its own position, the anchor's the first. Where it fills in (DFlash's own convention), each
+mask predicts the token of its own position and the anchor's slot nothing; it is left out of everything behind the
+backbone. So in both, slot k = 1..G of those that predict is about the token at anchor + k.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class DSparkModel(DraftModel):
 
     @property
     def block_size(self) -> int:
+        """Input slots, see `DraftSettings`."""
         return self.settings.block_size
 
     @property
@@ -135,7 +138,7 @@ class DSparkModel(DraftModel):
                 Columns from the anchor on are ignored, but must be finite.
 
         Returns:
-            Hidden states after the final norm [batch, slots, hidden].
+            Hidden states after the final norm of the slots that predict [batch, draft_length, hidden].
         """
         spans = self._spans(anchor_positions[:, None], anchor_positions[:, None])
         return self._run_blocks(anchor_tokens[:, None], anchor_positions[:, None], context_cache, spans)[:, 0]
@@ -152,7 +155,7 @@ class DSparkModel(DraftModel):
     def _run_blocks(
         self, anchor_tokens: Tensor, anchor_positions: Tensor, context: Sequence[KeyValue], spans: ContextSpans
     ) -> Tensor:
-        """[batch, blocks] anchors -> [batch, blocks, slots, hidden]"""
+        """[batch, blocks] anchors -> [batch, blocks, draft_length, hidden]"""
         slots = torch.arange(self.block_size, device=anchor_tokens.device)
         tokens = torch.where(slots == 0, anchor_tokens[..., None], self.mask_token_id)
         hidden = self.embed(tokens)
@@ -162,7 +165,7 @@ class DSparkModel(DraftModel):
                 hidden = checkpoint(layer, hidden, rotation, key_values, spans, use_reentrant=False)
             else:
                 hidden = layer(hidden, rotation, key_values, spans)
-        return self.norm(hidden)
+        return self.norm(hidden[:, :, -self.draft_length :])
 
     def _init_weights(self, module: nn.Module) -> None:
         """The family's initialisation, except for the two tables of a sequential head: W1 is N(0, 1) and W2 is 0.
@@ -179,6 +182,12 @@ class DSparkModel(DraftModel):
 
 
 class Qwen3DSparkModel(DSparkModel):
+    config_class = Qwen3Config
+
+
+class DFlashDraftModel(DSparkModel):
+    """DFlash that fills in: the class that z-lab, vLLM and SGLang know."""
+
     config_class = Qwen3Config
 
 

@@ -22,6 +22,14 @@ def is_eagle3(config: PreTrainedConfig) -> bool:
     return bool(named & known) or getattr(config, "draft_algorithm", None) == EAGLE3
 
 
+def architecture_of(config: PreTrainedConfig) -> str:
+    """The class of an Eagle3 draft. Raises ConfigError: there is none of this `model_type`."""
+    if config.model_type not in EAGLE3_ARCHITECTURES:
+        allowed = ", ".join(EAGLE3_ARCHITECTURES)
+        raise ConfigError(f"model_type={config.model_type}: an Eagle3 draft's is one of {allowed}")
+    return EAGLE3_ARCHITECTURES[config.model_type]
+
+
 def own_fields(ttt_length: int, step_loss_decay: float) -> dict[str, Any]:
     """To be written."""
     return {"ttt_length": ttt_length, "step_loss_decay": step_loss_decay, "draft_num_hidden_layers": 1}
@@ -45,6 +53,7 @@ def own_settings(config: PreTrainedConfig) -> dict[str, Any]:
     return {
         "algorithm": EAGLE3,
         "block_size": config.ttt_length,
+        "sample_from_anchor": True,
         "mask_token_id": None,
         "markov_rank": 0,
         "markov_head_type": "vanilla",

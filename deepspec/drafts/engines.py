@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
-from deepspec.drafts.configuration import GEMMA4, QWEN3, DraftSettings, architecture_of
+from deepspec.drafts.configuration import DFLASH, GEMMA4, QWEN3, DraftSettings, architecture_of
 from deepspec.drafts.eagle3_configuration import EAGLE3_ARCHITECTURES, LLAMA_EAGLE3, QWEN3_EAGLE3
 
 
@@ -13,10 +13,10 @@ def engine_limits(config: PreTrainedConfig) -> list[str]:
     settings, architecture = DraftSettings.of(config), architecture_of(config)
     if architecture in EAGLE3_ARCHITECTURES.values():
         return _eagle3_limits(settings, architecture)
-    if architecture not in (QWEN3, GEMMA4):
+    if architecture not in (QWEN3, GEMMA4, DFLASH):
         return [f"no engine has {architecture}"]
     limits = []
-    if architecture == QWEN3:
+    if architecture != GEMMA4:
         if settings.embedding_scale != 1:
             limits.append(f"vLLM and SGLang do not scale its embedding (embedding_scale={settings.embedding_scale:g})")
         if settings.logit_softcap is not None:
@@ -30,10 +30,14 @@ def engine_limits(config: PreTrainedConfig) -> list[str]:
             limits.append(f"vLLM has {GEMMA4} only with attention_k_eq_v")
         if settings.logit_softcap is not None and settings.markov_rank:
             limits.append("vLLM caps the bias of the sequential head too, not the head's logits alone")
+    if architecture == DFLASH:
+        return limits  # SGLang takes the target's whole head, and so need not know a vocabulary of the draft's own
+    if settings.draft_vocab_size is not None:
+        limits.append(f"SGLang has no vocabulary of the draft's own (draft_vocab_size={settings.draft_vocab_size})")
     if settings.markov_rank == 0:
         limits.append(
-            "SGLang refuses a draft without a sequential head (markov_rank=0), and vLLM has one only in a slot "
-            "convention where the first slot predicts nothing"
+            "SGLang refuses a draft that samples from the anchor without a sequential head (markov_rank=0), and vLLM "
+            "has none; as DFlash they have one that fills in (sample_from_anchor=false)"
         )
     elif settings.markov_head_type != "vanilla":
         limits.append(f"vLLM has only the vanilla sequential head (markov_head_type={settings.markov_head_type})")

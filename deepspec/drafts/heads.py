@@ -1,11 +1,13 @@
 """Sequential heads: a low-rank bias on the logits of slot k from the tokens before it (DSpark section 3).
 
-All share W1 (token -> r) and W2 (r -> logits): B_k = W2 e_k (times the logit scale, where the target has one), and only
-the latent e_k differs. Training asks for the latents of all slots at once, decoding steps through them; both run the
-same code.
+All share W1 (token -> r) and W2 (r -> logits of what the draft can propose): B_k = W2 e_k (times the logit scale, where
+the target has one), and only the latent e_k differs. Training asks for the latents of all slots at once, decoding steps
+through them; both run the same code.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,19 +20,26 @@ from deepspec.drafts.configuration import DraftSettings
 class MarkovHead(nn.Module):
     """Vanilla head, equation B_k = W2 W1[x_{k-1}], and the base of the others."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, rank: int, logit_scale: float = 1.0):
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        rank: int,
+        logit_scale: float = 1.0,
+        draft_vocab_size: int | None = None,
+    ):
         super().__init__()
         self.rank = rank
         self.logit_scale = logit_scale
         self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        self.markov_w2 = nn.Linear(rank, draft_vocab_size or vocab_size, bias=False)
 
     def embed(self, prev_tokens: Tensor) -> Tensor:
         """W1[x]: [...] -> [..., rank]"""
         return self.markov_w1(prev_tokens)
 
     def bias(self, latents: Tensor) -> Tensor:
-        """What to add to the base logits, in their scale: [..., rank] -> [..., vocab]"""
+        """What to add to the base logits, in their scale: [..., rank] -> [..., vocab of the draft]"""
         return self.markov_w2(self.scaled(latents))
 
     def scaled(self, latents: Tensor) -> Tensor:
@@ -62,8 +71,8 @@ class MarkovHead(nn.Module):
 class GatedMarkovHead(MarkovHead):
     """B_k = W2 (sigmoid(G [h_k ; W1[x_{k-1}]]) * W1[x_{k-1}])"""
 
-    def __init__(self, vocab_size: int, hidden_size: int, rank: int, logit_scale: float = 1.0):
-        super().__init__(vocab_size, hidden_size, rank, logit_scale)
+    def __init__(self, vocab_size: int, hidden_size: int, rank: int, *args: Any):
+        super().__init__(vocab_size, hidden_size, rank, *args)
         self.gate_proj = nn.Linear(hidden_size + rank, rank)
 
     def step(self, prev_tokens: Tensor, hidden: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,8 +87,8 @@ class RecurrentMarkovHead(MarkovHead):
     s_k = sigmoid(gate) * s_{k-1} + (1 - sigmoid(gate)) * tanh(candidate), s_0 = 0; B_k = W2 tanh(output).
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, rank: int, logit_scale: float = 1.0):
-        super().__init__(vocab_size, hidden_size, rank, logit_scale)
+    def __init__(self, vocab_size: int, hidden_size: int, rank: int, *args: Any):
+        super().__init__(vocab_size, hidden_size, rank, *args)
         self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank)
 
     def initial_state(self, hidden: Tensor) -> Tensor:
@@ -120,4 +129,5 @@ def build_markov_head(config: PreTrainedConfig) -> MarkovHead | None:
     if settings.markov_head_type not in MARKOV_HEADS:
         raise ConfigError(f"markov_head_type={settings.markov_head_type}: must be one of {', '.join(MARKOV_HEADS)}")
     head_class = MARKOV_HEADS[settings.markov_head_type]
-    return head_class(config.vocab_size, config.hidden_size, settings.markov_rank, settings.logit_scale)
+    sizes = (config.vocab_size, config.hidden_size, settings.markov_rank)
+    return head_class(*sizes, settings.logit_scale, settings.draft_vocab_size)

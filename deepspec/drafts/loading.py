@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from deepspec.checkpoints import DRAFT, newest_checkpoint
 from deepspec.config import ConfigError
-from deepspec.drafts.base import DraftModel, TargetWeights
+from deepspec.drafts.base import LENT, DraftModel, TargetWeights
 from deepspec.drafts.building import draft_class
-from deepspec.drafts.configuration import DraftSettings, architecture_of, uniform_layers
-from deepspec.drafts.eagle3_configuration import is_eagle3
+from deepspec.drafts.configuration import DraftSettings, known_architectures, uniform_layers
 from deepspec.files import download_model, weight_files
 from deepspec.text import some
 
 logger = logging.getLogger(__name__)
+
+SEPARATE_MASK = "mask_embedding.pt"  # a mask token's embedding of its own, pickled
 
 
 class LoadedTarget(TargetWeights, Protocol):
@@ -48,7 +51,8 @@ def load_draft(
         path: a draft folder, a checkpoint folder, a training run (its newest complete checkpoint), or a Hub id.
         revision: Hub branch, tag or commit.
         dtype: of the weights in memory; None = as stored.
-        target: if given, the draft must have been trained for it.
+        target: if given, the draft must have been trained for it. Lends its embedding and head where the files hold
+            none, as those of z-lab.
         allow_other_target: one of other weights but the same shape will do, for example a fine-tuned one.
 
     Raises:
@@ -56,13 +60,41 @@ def load_draft(
         ValueError: not a draft; a damaged file; tensors missing, unknown or of a wrong shape; another target.
     """
     folder = find_draft_folder(path, revision)
-    config = read_draft_config(folder)
-    _check_tensors(folder, config)
-    draft = draft_class(config).from_pretrained(folder, config=config, dtype=dtype or "auto")
-    draft = draft.eval().to(device)
+    draft: Any = read_draft(folder, dtype=dtype, lender=target)
+    draft = draft.to(device)
     if target is not None:
         check_target(draft, target, folder, allow_other_target=allow_other_target)
     return draft
+
+
+def read_draft(folder: Path, *, dtype: torch.dtype | None = None, lender: TargetWeights | None = None) -> DraftModel:
+    """`load_draft` of a folder, on the CPU, for whatever target it was trained.
+
+    Args:
+        lender: whose embedding and head it gets where its files hold none.
+    """
+    config = read_draft_config(folder)
+    lacking = _check_tensors(folder, config)
+    if (folder / SEPARATE_MASK).is_file():
+        raise ValueError(f"{folder / SEPARATE_MASK}: DeepSpec has no draft with an embedding beside the target's")
+    if lacking and lender is None:
+        raise ValueError(
+            f"{folder}: {some(list(lacking))} not in its files, being the target's: load it with the target, "
+            "load_draft(..., target=...)"
+        )
+    load = partial(draft_class(config).from_pretrained, config=config, dtype=dtype or "auto")
+    if lacking:
+        weights = {name: weight for file in weight_files(folder) for name, weight in load_file(file).items()}
+        draft = load(None, state_dict=weights | {name: torch.zeros(shape) for name, shape in lacking.items()})
+    else:
+        draft = load(folder)
+    try:
+        draft.check_vocabulary()
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    if lender is not None:
+        draft.tie_to_target(lender, lacking)
+    return draft.eval()
 
 
 def find_draft_folder(path: str | Path, revision: str | None = None, key: str = "checkpoint") -> Path:
@@ -108,10 +140,10 @@ def read_draft_config(folder: Path) -> PreTrainedConfig:
     except (json.JSONDecodeError, UnicodeDecodeError, OSError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'}: not a readable config: {error}") from error
     try:
-        expected = architecture_of(config)
+        known = known_architectures(config)
         config = uniform_layers(config)
-        if expected not in architectures and not is_eagle3(config):
-            raise ConfigError(f"architectures={architectures}: expected {expected}")
+        if not set(known) & set(architectures):
+            raise ConfigError(f"architectures={architectures}: expected {' or '.join(known)}")
         DraftSettings.of(config)
     except ConfigError as error:
         raise ConfigError(f"{folder / 'config.json'}: {error}") from error
@@ -163,8 +195,12 @@ def _same_weights(ours: Tensor, theirs: Tensor) -> bool:
     return torch.allclose(ours.detach().bfloat16().cpu(), theirs.detach().bfloat16().cpu(), rtol=2**-7)
 
 
-def _check_tensors(folder: Path, config: PreTrainedConfig) -> None:
-    """Compare names and shapes in the files with what the config needs. Reads headers, no weights."""
+def _check_tensors(folder: Path, config: PreTrainedConfig) -> dict[str, list[int]]:
+    """Compare names and shapes in the files with what the config needs. Reads headers, no weights.
+
+    Returns:
+        The shapes of what is not there of the target's own weights.
+    """
     with torch.device("meta"):
         expected = {name: list(t.shape) for name, t in draft_class(config)(config).state_dict().items()}
     stored: dict[str, list[int]] = {}
@@ -174,14 +210,16 @@ def _check_tensors(folder: Path, config: PreTrainedConfig) -> None:
                 stored |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: damaged or incomplete ({error}); copy or download it again") from error
-    if missing := sorted(expected.keys() - stored.keys()):
+    lacking = {name: expected[name] for name in LENT if name not in stored}
+    if missing := sorted(expected.keys() - stored.keys() - lacking.keys()):
         raise ValueError(f"{folder}: tensors missing for its config.json: {some(missing)}")
     if unknown := sorted(stored.keys() - expected.keys()):
         raise ValueError(f"{folder}: tensors that its config.json does not know: {some(unknown)}")
     wrong = [
         f"{name} is {stored[name]}, expected {shape}"
         for name, shape in sorted(expected.items())
-        if stored[name] != shape
+        if name not in lacking and stored[name] != shape
     ]
     if wrong:
         raise ValueError(f"{folder}: shapes do not fit its config.json: {some(wrong)}")
+    return lacking

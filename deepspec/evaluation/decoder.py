@@ -69,7 +69,7 @@ class Decoder:
             if turn.number + 1 == len(prompt.given) or completions[-1].finish_reason == "error":
                 continue
             ids = prompt.ids_after([self.answer(completion) for completion in completions])
-            if fits(ids, self.config, self.plan.positions, self.plan.max_length, self.plan.draft_settings.block_size):
+            if fits(ids, self.config, self.plan.positions, self.plan.max_length, self.plan.draft_settings.draft_length):
                 following.append(_Turn(turn.place, turn.number + 1, ids))
         return following
 

@@ -113,7 +113,9 @@ def make_plan(config: EvalRun) -> Plan:
         )
         for name in dict.fromkeys(config.eval.sets)
     }
-    prompts = {name: _that_fit(of_set, name, config, positions, settings.block_size) for name, of_set in listed.items()}
+    prompts = {
+        name: _that_fit(of_set, name, config, positions, settings.draft_length) for name, of_set in listed.items()
+    }
     size = config.decode.batch_size
     chunks = [
         Chunk(name, temperature, start, of_set[start : start + size], config.decode.max_length)
@@ -140,7 +142,7 @@ def make_plan(config: EvalRun) -> Plan:
         positions,
         config.decode.max_length
         or max(
-            _slot_length(prompt, config, positions, settings.block_size) for of in prompts.values() for prompt in of
+            _slot_length(prompt, config, positions, settings.draft_length) for of in prompts.values() for prompt in of
         ),
         dtype,
         digest_of([weights, target_identity(config), dtype_name(dtype), decoding, config.seed, stops]),
@@ -178,13 +180,13 @@ def _policy_setup(config: EvalRun, settings: DraftSettings, draft_folder: Path) 
     """
     decode = config.decode
     return PolicySetup(
-        block_size=settings.block_size,
+        block_size=settings.draft_length,
         rows=decode.batch_size,
         has_confidences=settings.confidence_head,
         draft_tokens=decode.draft_tokens,
         confidence_threshold=decode.confidence_threshold,
         sps=_sps_table(config, draft_folder),
-        temperatures=load_calibration(draft_folder, settings.block_size),
+        temperatures=load_calibration(draft_folder, settings.draft_length),
     )
 
 

@@ -85,7 +85,8 @@ def _losses_of_row(
     target_logits += first
     gradient += first
     target = tl.load(targets + row)
-    target_logit = tl.load(logits + target)
+    has_ce = target >= 0
+    target_logit = tl.load(logits + target, mask=has_ce, other=0.0)
 
     largest, total = -float("inf"), 0.0
     target_largest, target_total = -float("inf"), 0.0
@@ -96,7 +97,7 @@ def _losses_of_row(
         if HAS_TARGET:
             z = tl.load(target_logits + columns, mask=columns < vocab, other=-float("inf"))
             target_largest, target_total = _add_exponentials(z, target_largest, target_total)
-    tl.store(ce + row, largest - target_logit + tl.log(total))
+    tl.store(ce + row, tl.where(has_ce, largest - target_logit + tl.log(total), 0.0))
 
     mean_sign = 0.0
     if HAS_TARGET:
@@ -113,6 +114,7 @@ def _losses_of_row(
 
     if HAS_GRADIENT:
         weight = tl.load(weights + row)
+        ce_scale = tl.where(has_ce, ce_scale, 0.0)
         for start in range(0, vocab, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             p = _probabilities(logits, columns, vocab, largest, total)

@@ -126,7 +126,7 @@ def _introduction(source: DraftSource, settings: DraftSettings, repo_id: str) ->
     return (
         f"# {repo_id.split('/')[-1]}\n\n"
         f"{article} {title} draft model for speculative decoding with {target_title(target)}. It proposes up to "
-        f"{settings.block_size} tokens a round, and the target verifies them in one forward pass; the text has the "
+        f"{settings.draft_length} tokens a round, and the target verifies them in one forward pass; the text has the "
         "target's own distribution. It is of no use without that target.\n\n" + markdown_table(("", ""), facts)
     )
 
@@ -205,6 +205,7 @@ def _architecture(source: DraftSource, settings: DraftSettings) -> str:
         ("Captured target layers", f"{list(settings.target_layer_ids)} of {settings.num_target_layers} (0-based)"),
         *([] if is_chain else of_blocks),
         ("Hidden size, vocabulary", f"{config.hidden_size}, {config.vocab_size}"),
+        ("Tokens it can propose", f"{settings.draft_vocab_size or 'all'}"),
         ("Heads, key/value heads", f"{config.num_attention_heads}, {config.num_key_value_heads}"),
     ]
     note = (

@@ -50,7 +50,10 @@ def sample_anchors(
 
 @dataclass(frozen=True)
 class SlotLabels:
-    """What the N supervised slots are trained on; slot k (1-based) predicts the token at anchor + k."""
+    """What the N supervised slots are trained on.
+
+    Slots are those that predict: slot k = 1..draft_length predicts the token at anchor + k.
+    """
 
     prev_tokens: Tensor  # [rows, blocks, slots] the true token before every slot: the anchor for slot 1
     slots: Tensor  # [N] which slots are supervised: places in rows * blocks * slots, ascending
@@ -65,7 +68,7 @@ def supervise(
     loss_mask: Tensor,
     anchor_columns: Tensor,
     block_mask: Tensor,
-    block_size: int,
+    draft_length: int,
     decay: float,
 ) -> SlotLabels:
     """Labels of the slots that carry loss.
@@ -77,10 +80,11 @@ def supervise(
         input_ids, position_ids: [rows, tokens]
         loss_mask: bool [rows, tokens]
         anchor_columns, block_mask: [rows, blocks]
+        draft_length: slots of a block that predict.
         decay: g of the slot weights, in slots.
     """
     length = input_ids.shape[1]
-    steps = torch.arange(block_size, device=input_ids.device)
+    steps = torch.arange(draft_length, device=input_ids.device)
     sources = anchor_columns[..., None] + steps  # [rows, blocks, slots]
     labels = sources + 1
     inside = (labels < length) & block_mask[..., None]
@@ -98,7 +102,7 @@ def supervise(
         slots=slots,
         targets=at(input_ids, labels).flatten()[slots],
         sources=(sources + first_columns).flatten()[slots],
-        weights=torch.exp(-(slots % block_size).float() / decay),
+        weights=torch.exp(-(slots % draft_length).float() / decay),
     )
 
 

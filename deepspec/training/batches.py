@@ -53,7 +53,7 @@ class MicroBatchMaker:
     pad_id: int
     packed: bool  # all samples in one row, or each padded in its own
     num_anchors: int | None  # None = every place where an anchor can be
-    block_size: int
+    draft_length: int
     decay: float
     seed: int
     stream: int = TRAINING
@@ -65,7 +65,7 @@ class MicroBatchMaker:
         seeds = [anchor_seed(self.seed, self.stream, sample.epoch, sample.index) for sample in samples]
         anchors, block_mask = sample_anchors(batch, self.num_anchors, seeds, earliest=self.earliest_anchor)
         labels = supervise(
-            batch.input_ids, batch.position_ids, batch.loss_mask, anchors, block_mask, self.block_size, self.decay
+            batch.input_ids, batch.position_ids, batch.loss_mask, anchors, block_mask, self.draft_length, self.decay
         )
         return MicroBatch(
             tokens=batch,
@@ -82,7 +82,7 @@ def batch_maker(run: TrainRun, draft: DraftModel, pad_id: int, stream: int) -> M
         pad_id=pad_id,
         packed=run.train.tokens_per_batch is not None,
         num_anchors=None if is_chain else run.train.num_anchors,
-        block_size=draft.draft_length,
+        draft_length=draft.draft_length,
         decay=-1 / min(math.log(loss.step_decay), -1e-9) if is_chain else loss.decay,
         seed=run.seed,
         stream=stream,

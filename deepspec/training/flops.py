@@ -51,9 +51,10 @@ class StepFlops:
         self.per_block = (
             6 * draft.draft_length * sum(weight.numel() for weight in draft.layers.parameters() if weight.ndim > 1)
         )
-        vocabulary, hidden = draft.lm_head.weight.shape
+        proposable, hidden = draft.lm_head.weight.shape
         rank = draft.settings.markov_rank
-        self.per_slot = 2 * vocabulary * (2 * hidden + 3 * rank + needs_target_logits * hidden)
+        of_target = needs_target_logits * draft.config.vocab_size * hidden
+        self.per_slot = 2 * (proposable * (2 * hidden + 3 * rank) + of_target)
 
     def __call__(self, tokens: int, blocks: int, slots: int) -> float:
         """Of a step over this many tokens, blocks and supervised slots."""

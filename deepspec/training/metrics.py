@@ -10,24 +10,25 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def acceptance_sums(accept: Tensor, slots: Tensor, block_mask: Tensor, block_size: int) -> dict[str, Tensor]:
+def acceptance_sums(accept: Tensor, slots: Tensor, block_mask: Tensor, draft_length: int) -> dict[str, Tensor]:
     """Sums behind accept_rate@k and tau.
 
     Args:
         accept: [N], 1 - TV of every supervised slot.
-        slots: [N], their places in rows * blocks * block_size.
+        slots: [N], their places in rows * blocks * draft_length.
         block_mask: bool [rows, blocks]
 
     Returns:
-        `slots` [block_size] how many are supervised, `accept` [block_size], `blocks` scalar, and `expected_accepted`
-        scalar: sum over blocks of sum_k prod_{i<=k} accept_i, where an unsupervised slot accepts nothing.
+        `slots` [draft_length] how many are supervised, `accept` [draft_length], `blocks` scalar, and
+        `expected_accepted` scalar: sum over blocks of sum_k prod_{i<=k} accept_i, where an unsupervised slot accepts
+        nothing.
     """
-    per_slot = torch.zeros(block_mask.numel() * block_size, device=accept.device)
+    per_slot = torch.zeros(block_mask.numel() * draft_length, device=accept.device)
     supervised = per_slot.clone()
     per_slot[slots], supervised[slots] = accept.float(), 1.0
-    per_slot = per_slot.view(-1, block_size)
+    per_slot = per_slot.view(-1, draft_length)
     return {
-        "slots": supervised.view(-1, block_size).sum(0),
+        "slots": supervised.view(-1, draft_length).sum(0),
         "accept": per_slot.sum(0),
         "blocks": block_mask.sum().float(),
         "expected_accepted": per_slot.cumprod(-1).sum(),
@@ -52,7 +53,7 @@ def summarize(sums: Mapping[str, Tensor]) -> dict[str, float]:
     Returns:
         `loss`, divided by the `divisor`; `ce`, `tv` (mean L1 distance, 0 to 2) and `confidence_loss`, each divided by
         the weight sum;
-        `accept_rate@k` for k = 1..block_size, the mean of 1 - TV at slot k; `tau`, the expected tokens per round
+        `accept_rate@k` for k = 1..draft_length, the mean of 1 - TV at slot k; `tau`, the expected tokens per round
         1 + sum_k prod_{i<=k} accept_i averaged over blocks; `confidence_abs_error` and `confidence_bias`, the weighted
         means of |c_k - accept_k| and c_k - accept_k. A metric that was not computed or averages nothing is left out.
     """

@@ -25,6 +25,7 @@ def draft_objective(
     block_mask: Tensor,
     loss: LossConfig,
     with_metrics: bool = True,
+    target_head: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Loss and metric sums of one micro-batch, computed over supervised slots only.
 
@@ -38,6 +39,7 @@ def draft_objective(
         block_mask: bool [rows, blocks]
         loss: weights of the three losses. `confidence` counts only if the draft has the head.
         with_metrics: also sum acceptance and confidence error.
+        target_head: [vocab, hidden], for a draft that cannot propose all tokens: it has not all of the head.
 
     Returns:
         `loss` (has the gradient), `weight_sum`, `ce`; `tv` where target probabilities were computed; `confidence_loss`
@@ -56,13 +58,15 @@ def draft_objective(
         latents,
         draft.lm_head.weight,
         None if draft.markov_head is None else draft.markov_head.markov_w2.weight,
-        None if draft.soft_labels else labels.targets,
+        None if draft.soft_labels else draft.row_ids(labels.targets),
         final_features.flatten(0, 1)[labels.sources] if needs_target else None,
         weights,
         loss.ce,
         loss.tv,
         draft.settings.logit_scale,
         draft.settings.logit_softcap,
+        draft.kept_tokens,
+        target_head,
     )
     total = vocabulary.loss
     sums = {"weight_sum": weights.sum(), "ce": (weights * vocabulary.ce).sum()}
@@ -95,9 +99,13 @@ class DraftTrainingModule(nn.Module):
     batch without supervised slots, a confidence head with weight 0), so no rank waits for a gradient that never comes.
     """
 
-    def __init__(self, draft: DraftModel, loss: LossConfig):
+    target_head: Tensor | None
+
+    def __init__(self, draft: DraftModel, loss: LossConfig, target_head: Tensor | None = None):
+        """Args: `target_head`, see `draft_objective`; not saved with the draft."""
         super().__init__()
         self.draft = draft
+        self.register_buffer("target_head", target_head, persistent=False)
         self.loss = loss
         self.config = draft.config  # accelerate sizes DeepSpeed's buffers by its hidden_size
 
@@ -127,5 +135,7 @@ class DraftTrainingModule(nn.Module):
         """
         hidden = self.draft(input_ids, position_ids, context_features, anchor_columns, block_mask)
         labels = SlotLabels(prev_tokens, slots, targets, sources, weights)
-        sums = draft_objective(self.draft, hidden, labels, final_features, block_mask, self.loss, with_metrics)
+        sums = draft_objective(
+            self.draft, hidden, labels, final_features, block_mask, self.loss, with_metrics, self.target_head
+        )
         return sums | {"divisor": loss_divisor(weights, input_ids, self.loss.divisor)}

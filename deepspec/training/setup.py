@@ -35,7 +35,8 @@ from deepspec.targets import (
 )
 from deepspec.targets.positions import check_positions
 from deepspec.training.resume import check_same_target
-from deepspec.training.warm_start import check_settings, copy_weights, filled_in
+from deepspec.training.vocabulary import most_used_tokens
+from deepspec.training.warm_start import check_settings, filled_in, started_from
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ class Materials:
     eval_set: ConversationDataset | None
     pad_id: int
     target_dtype: torch.dtype
+    target_head: torch.Tensor | None  # [vocab, hidden], where the draft has a part of it
     target_summary: str  # what of the target is in memory, in a line
 
 
@@ -105,7 +107,7 @@ def prepare_materials(
     draft_config.target_gguf_file = config.target.gguf_file
     rendering.record_in(draft_config)
     if checkpoint is None:
-        draft = _new_draft(config, draft_config, target)
+        draft = _new_draft(config, draft_config, target, train_set, tokenizer)
     else:
         draft = _continued_draft(checkpoint, draft_config, target)
     features = _feature_source(config, target, draft_config, tokenizer, accelerator.device)
@@ -119,6 +121,7 @@ def prepare_materials(
         eval_set=eval_set,
         pad_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         target_dtype=target.dtype,
+        target_head=target.head_weight.detach() if draft.is_pruned else None,
         target_summary=describe_target(target) if isinstance(target, Target) else describe_head(target),
     )
 
@@ -139,11 +142,20 @@ def _note_length(config: TrainRun, positions: int, train_set: ConversationDatase
         )
 
 
-def _new_draft(config: TrainRun, draft_config: PreTrainedConfig, target: Target | TargetHead) -> DraftModel:
-    draft = build_draft(draft_config, target, seed=config.seed)
+def _new_draft(
+    config: TrainRun,
+    draft_config: PreTrainedConfig,
+    target: Target | TargetHead,
+    train_set: ConversationDataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> DraftModel:
     if config.train.start_from is not None:
-        copy_weights(draft, config.train.start_from)
-    elif config.draft.start_from_target:
+        return started_from(config.train.start_from, draft_config, target, config.seed)
+    kept, size = None, DraftSettings.of(draft_config).draft_vocab_size
+    if size is not None:
+        kept = most_used_tokens(train_set, tokenizer, draft_config.vocab_size, size)
+    draft = build_draft(draft_config, target, seed=config.seed, kept_tokens=kept)
+    if config.draft.start_from_target:
         draft.start_from_target(target)
     return draft
 
@@ -240,6 +252,7 @@ def draft_config_of(
         algorithm=draft.algorithm,
         num_layers=draft.num_layers,
         block_size=draft.block_size,
+        sample_from_anchor=draft.sample_from_anchor,
         target_layer_ids=draft.target_layer_ids,
         mask_token_id=mask_token_id,
         markov_rank=draft.markov_rank,
@@ -255,6 +268,7 @@ def draft_config_of(
         sliding_window=draft.sliding_window,
         ttt_length=draft.ttt_length,
         step_loss_decay=config.train.loss.step_decay,
+        draft_vocab_size=draft.vocab_size,
         embedding_scale=adapter.embedding_scale(target_config),
         logit_scale=adapter.logit_scale(target_config),
         final_logit_softcapping=adapter.final_logit_softcapping(target_config),

@@ -71,7 +71,9 @@ class Trainer:
         if config.train.compile:
             materials.draft.compile_layers()
         hold_target_weights_as_buffers(materials.draft, materials.target_dtype)
-        self.module = DraftTrainingModule(materials.draft, config.train.loss).to(accelerator.device)
+        self.module = DraftTrainingModule(materials.draft, config.train.loss, materials.target_head).to(
+            accelerator.device
+        )
         cast_inside(self.module, accelerator, config.train.mixed_precision)
         self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self.model, self.optimizer = accelerator.prepare(self.module, self._build_optimizer())

@@ -14,11 +14,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from deepspec.config import ConfigError, DraftConfig
-from deepspec.drafts import DraftModel, DraftSettings, load_draft
-from deepspec.drafts.configuration import QWEN3, architecture_of
+from deepspec.drafts import DraftModel, DraftSettings, build_draft
+from deepspec.drafts.base import TargetWeights
+from deepspec.drafts.configuration import ARCHITECTURES
+from deepspec.drafts.eagle3_configuration import architecture_of as eagle3_architecture_of
 from deepspec.drafts.eagle3_configuration import is_eagle3
 from deepspec.drafts.families import head_dim_of
-from deepspec.drafts.loading import find_draft_folder, read_draft_config
+from deepspec.drafts.loading import find_draft_folder, read_draft, read_draft_config
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,9 @@ def filled_in(draft: DraftConfig, start_from: str | None) -> DraftConfig:
     earlier: dict[str, object] = {
         "target_layer_ids": list(settings.target_layer_ids),
         "mask_token_id": settings.mask_token_id,
+        "vocab_size": settings.draft_vocab_size,
     }
-    if architecture_of(config) == QWEN3 or is_eagle3(config):  # the only ones whose sizes can be set
+    if config.model_type == "qwen3" or is_eagle3(config):  # the only ones whose sizes can be set
         earlier |= _sizes(config)
     open_keys: dict[str, Any] = {key: value for key, value in earlier.items() if getattr(draft, key) is None}
     return replace(draft, **open_keys)
@@ -69,10 +72,13 @@ def _settings(config: PreTrainedConfig) -> dict[str, object]:
     """What `draft.*` says about a draft, by its keys. A head's details count only where there is that head."""
     settings = DraftSettings.of(config)
     read: dict[str, object] = {
-        "draft.architecture": architecture_of(config),
+        "draft.architecture": (
+            eagle3_architecture_of(config) if is_eagle3(config) else ARCHITECTURES[config.model_type]
+        ),
         "draft.algorithm": settings.algorithm,
         "draft.num_layers": config.num_hidden_layers,
         "draft.block_size": None if is_eagle3(config) else settings.block_size,
+        "draft.sample_from_anchor": settings.sample_from_anchor,
         "draft.ttt_length": settings.block_size if is_eagle3(config) else None,
         "draft.target_layer_ids": list(settings.target_layer_ids),
         "draft.mask_token_id": settings.mask_token_id,
@@ -81,6 +87,7 @@ def _settings(config: PreTrainedConfig) -> dict[str, object]:
         "draft.confidence_head": settings.confidence_head,
         "draft.confidence_head_with_markov": settings.confidence_head_with_markov,
         "draft.sliding_window": settings.context_window,
+        "draft.vocab_size": settings.draft_vocab_size,
     }
     return read
 
@@ -92,13 +99,15 @@ def _shown(value: object) -> str:
 
 
 @torch.no_grad()
-def copy_weights(draft: DraftModel, start_from: str) -> None:
-    """Give a fresh draft the trained weights of an earlier one; its embedding and head stay those of its own target.
+def started_from(start_from: str, config: PreTrainedConfig, target: TargetWeights, seed: int) -> DraftModel:
+    """A draft of this config with the trained weights and the vocabulary of an earlier one, and the embedding and head
+    of its own target.
 
     Raises:
         ConfigError: the weights have other names or shapes: the earlier draft was made for another kind of target.
     """
-    earlier = load_draft(find_draft_folder(start_from, key=KEY), dtype=torch.float32)
+    earlier = read_draft(find_draft_folder(start_from, key=KEY), dtype=torch.float32, lender=target)
+    draft = build_draft(config, target, seed=seed, kept_tokens=earlier.kept_tokens)
     ours, theirs = dict(draft.trainable_parameters()), dict(earlier.trainable_parameters())
     shapes = [{name: list(weight.shape) for name, weight in weights.items()} for weights in (ours, theirs)]
     if shapes[0] != shapes[1]:
@@ -110,6 +119,7 @@ def copy_weights(draft: DraftModel, start_from: str) -> None:
     for name, weight in ours.items():
         weight.copy_(theirs[name])
     _note_other_target(draft.config, earlier.config, start_from)
+    return draft
 
 
 def _note_other_target(ours: PreTrainedConfig, theirs: PreTrainedConfig, start_from: str) -> None:
