@@ -238,7 +238,7 @@ def block_attention_single(
     over_block = grouped @ block_key[:, :, 0].transpose(-1, -2)
     weights = torch.cat([over_context, over_block], dim=-1).softmax(-1)
     attended = weights[..., :context] @ context_value + weights[..., context:] @ block_value[:, :, 0]
-    return attended.view(query.shape)
+    return attended.reshape(query.shape)
 
 
 def block_attention_chunked(
