@@ -67,6 +67,7 @@ class BenchmarkOptions:
 
     checkpoint: str = "???"  # draft folder or run folder
     target: str = "builtin"
+    dtype: str = "auto"  # of both: auto (the target's own), float32, bfloat16, float16
     prompts_dir: str = "outputs/corpus/prompts"
     sets: str = "math,code,chat"
     prompts: int = 11  # per set
@@ -248,10 +249,10 @@ def table_of(results: dict[str, dict[str, Any]]) -> Table:
 def main(options: BenchmarkOptions) -> None:
     transformers_logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    target = load_target(options.target, device=torch.device(device))
+    target = load_target(options.target, dtype=options.dtype, device=device)
     tokenizer = load_tokenizer(options.target)
     stops = stop_tokens(options.target, None, tokenizer)
-    draft, seeds = load_draft(options.checkpoint, target=target), count()
+    draft, seeds = load_draft(options.checkpoint, dtype=target.dtype, device=device, target=target), count()
     if not isinstance(draft, DSparkModel):
         raise ConfigError(f"checkpoint={options.checkpoint}: this benchmark is for DSpark and DFlash")
     sets = {

@@ -21,15 +21,15 @@ def decode(target: Target, draft: DSparkModel, request: Request) -> tuple[list[i
     settings = SamplingSettings.of_requests([request], target.vocab_size, target.device)
     stream = UniformStream(request.seed, 2 * draft.draft_length + 1)
     cache = DynamicCache()
-    prompt = torch.tensor([request.prompt_ids])
+    prompt = torch.tensor([request.prompt_ids], device=target.device)
     logits, context = _forward(target, draft, prompt, 0, cache, [])
-    uniform = stream.draw()
+    uniform = stream.draw().to(target.device)
     output = draw(logits[:, -1:], settings, uniform[None, -1:])[0][0].tolist()
     length, rounds = prompt.shape[1], 0
     while len(output) < request.max_new_tokens and not set(output) & set(request.stop_token_ids):
-        uniform = stream.draw()
-        anchors = torch.tensor(output[-1:])
-        hidden = draft.draft_block(anchors, torch.tensor([length]), context)
+        uniform = stream.draw().to(target.device)
+        anchors, position = torch.tensor([output[-1:], [length]], device=target.device)
+        hidden = draft.draft_block(anchors, position, context)
         tokens, distribution = draw_block(draft, anchors, hidden, settings, uniform[None])
         ids = torch.cat([anchors[:, None], tokens], dim=1)
         logits, context = _forward(target, draft, ids, length, cache, context)
@@ -52,7 +52,7 @@ def _forward(
     target: Target, draft: DSparkModel, ids: Tensor, start: int, cache: DynamicCache, context: list[KeyValue]
 ) -> tuple[Tensor, list[KeyValue]]:
     """Logits of new tokens [1, tokens] and the draft's context with them."""
-    positions = torch.arange(start, start + ids.shape[1])[None]
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     features = target.hidden_states(
         draft.target_layer_ids,
         input_ids=ids,

@@ -45,7 +45,7 @@ class EngineLoad:
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._target = load_target(target, device=self.device)
-        self._draft = load_draft(checkpoint, target=self._target)
+        self._draft = load_draft(checkpoint, dtype=self._target.dtype, device=self.device, target=self._target)
         self.block_size = self._draft.draft_length
         self.has_confidences = self._draft.confidence_head is not None
         tokenizer = load_tokenizer(target)

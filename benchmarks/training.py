@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,24 +21,26 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, Qwen3Config
 
+from benchmarks.objective_step import memory_in_use
 from benchmarks.processes import in_fresh_process
+from benchmarks.random_models import random_draft, random_target
 from benchmarks.straightforward import PaddedFeatures, plain_kernels, with_every_slot
 from benchmarks.summary import spread, summary, write_record
 from deepspec.arguments import run_command
 from deepspec.config import ConfigError, LossConfig
-from deepspec.data.packing import Sample
+from deepspec.data.packing import Sample, TokenBatch
 from deepspec.data.sampler import BatchSplit
-from deepspec.drafts import build_draft, build_draft_config
 from deepspec.features import OnlineFeatures
-from deepspec.targets import Target, load_target
+from deepspec.targets import Target, TargetFeatures
 from deepspec.training.batches import MicroBatch, MicroBatchMaker
 from deepspec.training.flops import StepFlops, peak_flops
+from deepspec.training.frozen import hold_target_weights_as_buffers
 from deepspec.training.meter import PARTS, Meter, peak_memory
 from deepspec.training.objective import DraftTrainingModule
 
 PLAIN, PADDED, PACKED = "straightforward", "ours, padded", "ours, packed"
+RESIDENT, GIVEN = FEATURES = ("resident", "given")
 TABLE_WIDTH = 165
 
 
@@ -94,6 +97,7 @@ class TrainingOptions:
     repeats: int = 3  # processes per way
     steps: int = 3  # counted, after one more
     plain: bool = True  # also the straightforward step
+    features: str = "resident"  # resident: the target computes them; given: they are random numbers
     seed: int = 0
     output: str = "outputs/benchmarks/training.json"
     measure: str = ""  # set by the benchmark for its own processes
@@ -123,29 +127,27 @@ def micro_batches(way: str, shape: Shape, samples: list[Sample], block_size: int
 
 def build(shape: Shape, device: torch.device) -> tuple[Target, DraftTrainingModule]:
     """The target in bfloat16 and the draft in float32 on a GPU; both in float32 on a CPU."""
-    if shape.target is None:
-        target = load_target("builtin", device=device)
-    else:
-        torch.manual_seed(0)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        with device:
-            model = AutoModelForCausalLM.from_config(Qwen3Config(**shape.target, tie_word_embeddings=True), dtype=dtype)
-        target = Target(model, "random")
-    config = build_draft_config(
-        target.config,
-        algorithm="dspark",
-        num_layers=shape.draft_layers,
-        block_size=7,
-        target_layer_ids=shape.layer_ids,
-        mask_token_id=target.vocab_size - 1,
-        markov_rank=shape.rank,
-        markov_head_type="vanilla",
-        confidence_head=True,
-        confidence_head_with_markov=True,
-        num_anchors=shape.anchors,
-    )
-    draft = build_draft(config, target, seed=0)
+    target = random_target(shape.target, device)
+    draft = random_draft(target, shape.draft_layers, shape.layer_ids, shape.rank, shape.anchors)
+    hold_target_weights_as_buffers(draft, target.dtype)
     return target, DraftTrainingModule(draft.train(), LossConfig()).to(device)
+
+
+class GivenFeatures:
+    """Random features, made on the device: a step without the target's part."""
+
+    flops_per_token = 0.0
+
+    def __init__(self, target: Target, layer_ids: Sequence[int]):
+        self.device, self.dtype = target.device, target.dtype
+        self.widths = (target.hidden_size * len(layer_ids), target.hidden_size)
+
+    def batch_features(self, batch: TokenBatch) -> TargetFeatures:
+        shape = batch.input_ids.shape
+        return TargetFeatures(*(torch.randn(*shape, w, dtype=self.dtype, device=self.device) for w in self.widths))
+
+
+Source = OnlineFeatures | PaddedFeatures | GivenFeatures
 
 
 def measure(way: str, options: TrainingOptions) -> dict[str, float]:
@@ -154,20 +156,24 @@ def measure(way: str, options: TrainingOptions) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target, module = build(shape, device)
     block_size = module.draft.draft_length
-    features = (PaddedFeatures if way == PLAIN else OnlineFeatures)(target, shape.layer_ids)
+    features: Source = (PaddedFeatures if way == PLAIN else OnlineFeatures)(target, shape.layer_ids)
+    if options.features == GIVEN:
+        features = GivenFeatures(target, shape.layer_ids)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=device.type == "cuda")
     steps = [
         micro_batches(way, shape, documents(shape, target.vocab_size - 1, options.seed, step), block_size)
         for step in range(options.steps + 1)
     ]
-    flops = StepFlops(module.draft, OnlineFeatures(target, shape.layer_ids).flops_per_token, needs_target_logits=True)
+    online = OnlineFeatures(target, shape.layer_ids)
+    target_flops = 0.0 if options.features == GIVEN else online.flops_per_token
+    flops = StepFlops(module.draft, target_flops, needs_target_logits=True)
     meter = Meter(device, flops, peak_flops(device))
     tiny = [Sample(0, 0, "tiny", list(range(16)), [0] * 8 + [1] * 8)]
     losses = []
     with plain_kernels() if way == PLAIN else nullcontext():
         train_step(module, optimizer, features, micro_batches(way, shape, tiny, block_size), meter)
-        before = held_memory(device)
+        before, held = held_memory(device), memory_in_use(device)
         for number, batches in enumerate(steps):
             if number == 1:
                 meter.read()  # what compiles or fills caches is not counted
@@ -177,7 +183,11 @@ def measure(way: str, options: TrainingOptions) -> dict[str, float]:
                 count.anchors = sum(batch.num_blocks for batch in batches)
                 count.slots = sum(int((batch.blocks["weights"] > 0).sum()) for batch in batches)
     figures = meter.read()
-    return figures | {"memory": peak_memory(device) - before, "loss": statistics.fmean(losses)}
+    return figures | {
+        "memory": peak_memory(device) - before,
+        "held_memory": held,  # weights and the optimizer's state
+        "loss": statistics.fmean(losses),
+    }
 
 
 def held_memory(device: torch.device) -> int:
@@ -190,7 +200,7 @@ def held_memory(device: torch.device) -> int:
 def train_step(
     module: DraftTrainingModule,
     optimizer: torch.optim.Optimizer,
-    source: OnlineFeatures | PaddedFeatures,
+    source: Source,
     batches: list[MicroBatch],
     meter: Meter,
 ) -> float:
@@ -254,6 +264,8 @@ def table_of(results: dict[str, dict[str, Any]]) -> Table:
 def main(options: TrainingOptions) -> None:
     if options.model not in SHAPES:
         raise ConfigError(f"model={options.model}: must be one of {', '.join(SHAPES)}")
+    if options.features not in FEATURES:
+        raise ConfigError(f"features={options.features}: must be one of {', '.join(FEATURES)}")
     if options.measure:
         print(json.dumps(measure(options.measure, options)))
         return

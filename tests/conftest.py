@@ -25,6 +25,13 @@ GOLDENS = Path(__file__).parent / "goldens"
 GOLDEN_DRAFTS = ("dspark_vanilla", "dspark_gated", "dspark_rnn", "dflash")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
 @pytest.fixture(scope="session")
 def processes():
     """Starts processes quickly: a clean server imports everything once and forks."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from deepspec.kernels.biased_sampling import argmax_biased, draw_biased
 from deepspec.kernels.key_values import append_key_values
 from deepspec.kernels.rejection import verify_logits
+from deepspec.kernels.rms_norm import rms_norm
 
 SHARED_MEMORY = 101_376  # bytes of a program on the GPUs that have least of it (compute capability 8.6 and 8.9)
 
@@ -56,7 +57,11 @@ def verify(implementation: str, **arguments: Any) -> tuple[Tensor, ...]:
     return tuple(verify_logits(**arguments, implementation=implementation))
 
 
-OPERATIONS = {"append": append, "draw": draw, "draw_near": draw_near, "argmax": argmax, "verify": verify}
+def norm(implementation: str, **arguments: Any) -> tuple[Tensor, ...]:
+    return (rms_norm(**arguments, implementation=implementation),)
+
+
+OPERATIONS = {"append": append, "draw": draw, "draw_near": draw_near, "argmax": argmax, "verify": verify, "norm": norm}
 Case = tuple[str, dict[str, Any]]
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from deepspec.kernels import attention
 from deepspec.kernels.attention import (
@@ -90,6 +92,22 @@ def test_flex_attention_equals_masked_attention(inputs: Inputs) -> None:
     torch.testing.assert_close(flexible, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_the_flex_mask_is_the_one_that_pytorch_makes(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, blocks, slots = (int(rng.integers(1, largest)) for largest in (3, 90, 9))
+    columns = int(rng.integers(1, 900))
+    first = torch.from_numpy(rng.integers(0, columns + 1, (rows, blocks)) // 3)
+    last = (first + torch.from_numpy(rng.integers(0, 600, (rows, blocks)))).clamp(max=columns)
+    spans = ContextSpans(first, last)
+    for ours in (spans.flex_mask(slots, columns), spans.context_flex_mask(columns)):
+        theirs = create_block_mask(ours.mask_mod, rows, None, *ours.seq_lengths, device="cpu")
+        for name in ("kv", "full_kv", "q", "full_q"):
+            counts, indices = (getattr(ours, f"{name}_{what}") for what in ("num_blocks", "indices"))
+            assert torch.equal(counts, getattr(theirs, f"{name}_num_blocks")), name
+            assert torch.equal(indices, getattr(theirs, f"{name}_indices")), name
+
+
 def test_flex_attention_under_autocast() -> None:
     """Norms give float32 queries and keys beside bfloat16 values."""
     tensors, spans = attention_inputs(7)
@@ -102,7 +120,7 @@ def test_flex_attention_under_autocast() -> None:
     torch.testing.assert_close(flexible.float(), plain, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the compiled FlexAttention kernel needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [[300], [100, 500, 37]])
 def test_compiled_flex_attention_equals_chunked_attention(lengths: list[int]) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -14,7 +14,6 @@ from torch import Tensor
 from deepspec.kernels.inversion import sample
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 BELOW_ONE = 1 - 2.0**-53
 NEARNESS = 1e-13  # of a uniform to a boundary between two tokens; float64 sums are exact to about 1e-16
@@ -289,7 +288,7 @@ def on_gpu(inputs: Inputs) -> Inputs:
     return {name: value.cuda() for name, value in inputs.items()}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("name", FINITE)
 def test_on_a_gpu(name):
@@ -298,7 +297,7 @@ def test_on_a_gpu(name):
     assert torch.equal(tokens, sample(distribution, CASES[name]["uniform"]))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 16, 128])
@@ -320,7 +319,7 @@ def test_at_full_size_in_a_cuda_graph(rows, dtype):
     assert torch.equal(alone[1], distribution[:1])
 
 
-@needs_gpu
+@pytest.mark.gpu
 @needs_triton
 def test_draws_on_a_gpu_follow_the_distribution():
     tokens, _ = draw("triton", **on_gpu(repeated(400_000)))

@@ -10,7 +10,6 @@ from kernels_driver import Case, append, in_a_process
 from torch import Tensor
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 SLOTS, COLUMNS = 5, 9
 CACHES = ("keys_cache", "values_cache")
@@ -137,7 +136,7 @@ def test_the_kernel_compiles_for_a_gpu(tmp_path):
     assert launches == [("_append", (len(PLACES), 1, 1))] * 3
 
 
-@needs_gpu
+@pytest.mark.gpu
 @needs_triton
 def test_in_a_cuda_graph():
     """The graph appends what the tensors hold when it is replayed, without waiting for the GPU."""

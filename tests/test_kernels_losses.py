@@ -25,7 +25,6 @@ from deepspec.kernels.losses import losses_of_rows, vocabulary_losses
 
 Inputs = dict[str, Any]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 def random_inputs(rows: int = 10, vocab: int = 61, hidden: int = 6, rank: int = 3, **changes: Any) -> Inputs:
@@ -461,7 +460,7 @@ def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in tensors.items()}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["chunked", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("case", FLOAT32 | BF16)
 def test_on_a_gpu_without_waiting_for_it(case: str, implementation: str) -> None:
@@ -476,7 +475,7 @@ def test_on_a_gpu_without_waiting_for_it(case: str, implementation: str) -> None
     assert_close(on_cpu(ours), outputs(in_float32(inputs), "reference"), 1e-5 if case in FLOAT32 else 1e-2)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @needs_triton
 def test_on_a_gpu_triton_is_the_default_and_agrees_at_full_size() -> None:
     inputs = on_gpu(random_inputs(1500, 151_936, 64, 16))
@@ -487,7 +486,7 @@ def test_on_a_gpu_triton_is_the_default_and_agrees_at_full_size() -> None:
     assert_close(on_cpu(ours), on_cpu(chunked), 1e-5)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @needs_triton
 def test_more_than_two_to_the_31_logits_in_a_chunk() -> None:
     rows, vocab = 16_500, 131_072
@@ -495,4 +494,5 @@ def test_more_than_two_to_the_31_logits_in_a_chunk() -> None:
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of free GPU memory")
     inputs = on_gpu(random_inputs(rows, vocab, 8, 4, **NO_MARKOV, **NO_TARGET))
-    assert_close(on_cpu(outputs(inputs, "triton", rows)), on_cpu(outputs(inputs, "triton", 512)), 1e-5)
+    # Sums of 131,072 in another order stay below this; a row that is read or written in a wrong place would not.
+    assert_close(on_cpu(outputs(inputs, "triton", rows)), on_cpu(outputs(inputs, "triton", 512)), 1e-4)

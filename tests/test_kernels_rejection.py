@@ -16,7 +16,6 @@ from deepspec.kernels.inversion import distribution_of, sample
 from deepspec.kernels.rejection import RULES
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 both = pytest.mark.parametrize("implementation", ["plain", pytest.param("triton", marks=needs_triton)])
 of_rules = pytest.mark.parametrize("rule", RULES)
 
@@ -352,7 +351,7 @@ def on_gpu(inputs: Inputs) -> Inputs:
     return {name: value.cuda() if torch.is_tensor(value) else value for name, value in inputs.items()}
 
 
-@needs_gpu
+@pytest.mark.gpu
 @needs_triton
 @of_rules
 @pytest.mark.parametrize("name", [name for name in CASES if name != "not finite"])
@@ -363,7 +362,7 @@ def test_on_a_gpu(name, rule):
         assert torch.equal(ours.cpu(), plain)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @needs_triton
 @of_rules
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -382,7 +381,7 @@ def test_at_full_size_in_a_cuda_graph(rule, dtype):
         assert torch.equal(ours, plain)
 
 
-@needs_gpu
+@pytest.mark.gpu
 @needs_triton
 @of_rules
 def test_output_on_a_gpu_follows_the_target(rule):

@@ -13,6 +13,7 @@ from deepspec.decoding.sampling import SamplingSettings, draw
 from deepspec.decoding.span import Span
 from deepspec.drafts import Eagle3Model
 from deepspec.drafts.families import head_dim_of
+from deepspec.kernels.rms_norm import fuse_norms
 from deepspec.targets import Target
 from deepspec.targets.layers import KeyValueShape
 
@@ -39,6 +40,8 @@ class Eagle3Proposer:
         """
         check_fits(draft, target, allow_other_target=allow_other_target)
         self.draft = draft.eval()
+        if draft.fc.weight.is_cuda:
+            fuse_norms(draft)
         self.block_size = draft.draft_length
         self.layer_ids: Sequence[int] = draft.target_layer_ids
         heads = (draft.config.num_key_value_heads, head_dim_of(draft.config))

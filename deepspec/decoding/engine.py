@@ -11,14 +11,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import takewhile
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from deepspec.config import ConfigError, near_match
 from deepspec.decoding.cache import SlotCache
-from deepspec.decoding.graphs import Graphs, ladder, next_size
+from deepspec.decoding.graphs import Graphs, cache_columns, ladder, next_size
 from deepspec.decoding.memory import check_memory
 from deepspec.decoding.passes import target_pass
 from deepspec.decoding.penalties import seen_in
@@ -35,7 +35,7 @@ from deepspec.decoding.verification import VERIFICATION_RULES
 from deepspec.targets import Target
 from deepspec.targets.positions import check_positions
 
-COLUMNS_AT_ONCE = 256  # of the caches; a graph reads a multiple of so many
+PREFILL_TOKENS = 16_384  # of the prompts of one pass, each counted as the longest of them: bounds its memory
 IDLE = Request([0], 1)  # what a graph's rows without a request do
 
 
@@ -91,6 +91,11 @@ class SpeculativeEngine:
         self._rows: list[Row | None] = []  # row i lives in slot i; None = free
         self._waiting: deque[Row] = deque()
         self._submitted = 0
+
+    @property
+    def graphs(self) -> Graphs | None:
+        """What its passes run through; None = nothing."""
+        return self._graphs
 
     @property
     def active(self) -> int:
@@ -200,12 +205,16 @@ class SpeculativeEngine:
         self._waiting.clear()
 
     def _can_enter(self) -> int:
-        """How many of those that wait can share a pass: all, or of a recurrent target the first ones of equal length,
-        since padding would move their states."""
-        if not self.target.is_recurrent:
-            return len(self._waiting)
-        length = self._waiting[0].length
-        return len(list(takewhile(lambda row: row.length == length, self._waiting)))
+        """How many of those that wait can share a pass: one, or as many as PREFILL_TOKENS allow; of a recurrent target
+        of equal length, since padding would move their states."""
+        first = self._waiting[0].length
+        count, longest = 1, first
+        for row in islice(self._waiting, 1, self.slots):
+            longest = max(longest, row.length)
+            if (count + 1) * longest > PREFILL_TOKENS or (self.target.is_recurrent and row.length != first):
+                break
+            count += 1
+        return count
 
     def _enter(self, slots: list[int]) -> None:
         """Run the prompts of waiting requests, packed, into these slots and draw each first token."""
@@ -263,7 +272,7 @@ class SpeculativeEngine:
         anchors, lengths = self._sent(torch.tensor([last, starts]))
         end = max(starts) + self.block_size + 1
         if self._graphs:
-            end = min(self.max_length, -(-end // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE)
+            end = min(self.max_length, cache_columns(end))
         uniform = self._uniform(rows, self._settings, missing)
         return Batch(len(rows), starts, anchors, lengths, uniform, self._settings, end)
 

@@ -5,13 +5,16 @@ On a CPU nothing is captured, but the function runs on the same fixed buffers, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import gc
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Tensors = Sequence[Tensor | None]
+COLUMNS_AT_ONCE = 256
 WARM_UP = 2  # runs before the capture, which let libraries make their workspaces
 
 
@@ -33,8 +36,13 @@ class Graphs:
             The graph's own outputs, the same tensors each time.
         """
         if key not in self._captured:
-            self._captured[key] = _Captured(function, inputs, self._pool)
+            with torch.cuda.device(self._device) if self._pool else nullcontext():
+                self._captured[key] = _Captured(function, inputs, self._pool)
         return self._captured[key].replay(inputs)
+
+    def reruns(self) -> dict[Hashable, Callable[[], None]]:
+        """What runs each graph once more on the inputs that it has, by key: for measurements."""
+        return {key: captured.run for key, captured in self._captured.items()}
 
 
 class _Captured:
@@ -52,22 +60,42 @@ class _Captured:
                 function(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
+        with no_collection(), torch.cuda.graph(self._graph, pool=pool):
             self._outputs = function(*self._inputs)
 
     def replay(self, inputs: Tensors) -> Tensors:
         _copy(self._inputs, inputs)
+        self.run()
+        return self._outputs
+
+    def run(self) -> None:
         if self._graph is None:
             _copy(self._outputs, self._function(*self._inputs))
         else:
             self._graph.replay()
-        return self._outputs
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Within the block nothing is collected: a capture fails when a graph of an engine that is garbage is destroyed."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _copy(own: Tensors, new: Tensors) -> None:
     for into, tensor in zip(own, new, strict=True):
         if into is not None and tensor is not None:
             into.copy_(tensor, non_blocking=True)
+
+
+def cache_columns(needed: int) -> int:
+    """How many columns of the caches a graph reads that needs so many."""
+    return -(-needed // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
 
 
 def ladder(largest: int) -> list[int]:

@@ -1,16 +1,16 @@
 """Measure SPS(B) on this machine: `python -m deepspec.decoding.profile checkpoint=FOLDER [key=value ...]`.
 
 For a ladder of B: a pass of the target over B new tokens, as the engine verifies them, behind a context of given length
-in the cache, logits included. And for a ladder of rows: what drafting for them takes. Everything is repeated in turn,
-so that whatever slows the machine for a while touches all sizes; the file holds every sample, medians and quartiles,
-and the smoothed values that a scheduler uses.
+in the cache, logits included. And for a ladder of rows: what drafting for them takes. On a GPU both run through CUDA
+graphs, as in the engine. Everything is repeated in turn, so that whatever slows the machine for a while touches all
+sizes; the file holds every sample, medians and quartiles, and the smoothed values that a scheduler uses.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 from deepspec.arguments import run_command
 from deepspec.config import CHOICES, ConfigError, near_match
 from deepspec.decoding.cache import SlotCache
+from deepspec.decoding.graphs import Graphs, Tensors, cache_columns
 from deepspec.decoding.passes import target_pass
 from deepspec.decoding.proposers import Proposer
 from deepspec.decoding.proposing import proposer_of
@@ -39,7 +41,7 @@ from deepspec.targets import Target, dtype_name, load_target, position_range
 
 DTYPES = CHOICES["target.dtype"]
 WARM_UP = 3  # runs of every size that are not counted
-Run = Callable[[], None]
+Run = Callable[[], object]
 
 
 @dataclass
@@ -69,33 +71,49 @@ def layout(tokens: int, tokens_per_row: int) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def verifying(target: Target, proposer: Proposer, cache: SlotCache, rows: int, tokens: int, context: int) -> Run:
+def verifying(
+    target: Target, proposer: Proposer, cache: SlotCache, rows: int, tokens: int, context: int, graphs: Graphs | None
+) -> Run:
     """A pass of the target over `tokens` new tokens in each of the first `rows` slots, behind `context` tokens.
 
     Logits are computed, and the proposer takes in the features, as in every round.
     """
     ids = torch.randint(target.vocab_size, (rows * tokens,), device=target.device)
+    starts = torch.full((rows,), context, device=target.device)
+    end = cache_columns(context + tokens) if graphs else context + tokens
 
-    def run() -> None:
-        span = Span.of(range(rows), [context] * rows, [tokens] * rows, target.device)
-        target.logits(target_pass(target, proposer, cache, span, ids, is_certain=tokens == 1))
+    def verified(ids: Tensor, starts: Tensor) -> Tensors:
+        span = Span(range(rows), starts, tokens, total=rows * tokens, longest=tokens, end=end)
+        if rows == 1 and graphs is None:
+            span.start = context
+        is_certain = tokens == 1 and graphs is None
+        return (target.logits(target_pass(target, proposer, cache, span, ids, is_certain=is_certain)),)
 
-    return run
+    return _through(graphs, ("verify", rows, tokens), verified, (ids, starts))
 
 
 @torch.inference_mode()
-def drafting(proposer: Proposer, target: Target, rows: int, context: int) -> Run:
+def drafting(proposer: Proposer, target: Target, rows: int, context: int, graphs: Graphs | None) -> Run:
     """Proposals for the first `rows` slots at temperature 1."""
     device = target.device
     anchors, positions = torch.zeros(rows, dtype=torch.long, device=device), torch.full((rows,), context, device=device)
     requests = [Request([0], 1, temperature=1.0)] * rows
     settings = SamplingSettings.of_requests(requests, target.vocab_size, device)
     uniform = torch.rand(rows, proposer.block_size, dtype=torch.float64, device=device)
+    columns = cache_columns(context + proposer.block_size + 1) if graphs else context
 
-    def run() -> None:
-        proposer.propose(anchors, positions, context, settings, uniform, proposer.block_size)
+    def drafted(anchors: Tensor, positions: Tensor, uniform: Tensor) -> Tensors:
+        made = proposer.propose(anchors, positions, columns, settings, uniform, proposer.block_size)
+        return made.tokens, made.probabilities, made.confidences
 
-    return run
+    return _through(graphs, ("draft", rows), drafted, (anchors, positions, uniform))
+
+
+def _through(graphs: Graphs | None, key: Hashable, function: Callable[..., Tensors], inputs: Tensors) -> Run:
+    """A run of the function, through a graph where the engine would use one."""
+    if graphs is None:
+        return lambda: function(*inputs)
+    return lambda: graphs.run(key, function, inputs)
 
 
 @torch.inference_mode()
@@ -145,11 +163,15 @@ def profile(options: ProfileOptions) -> dict[str, Any]:
             f"context={options.context}: with {tokens_per_row} tokens after it, more than the "
             f"{position_range(target.config)} positions of target {path}"
         )
+    graphs = Graphs(target.device) if target.device.type == "cuda" else None  # as the engine has them
+    if graphs:
+        columns = cache_columns(columns)
     proposer.allocate(slots, columns)
     cache = SlotCache(target, slots, columns, tokens_per_row)
-    passes = {B: verifying(target, proposer, cache, *shape, options.context) for B, shape in layouts.items()}
+    behind = options.context
+    passes = {B: verifying(target, proposer, cache, *shape, behind, graphs) for B, shape in layouts.items()}
     of_passes = measure(passes, options.repeats, target.device)
-    drafts = {rows: drafting(proposer, target, rows, options.context) for rows in sorted(set(options.rows))}
+    drafts = {rows: drafting(proposer, target, rows, behind, graphs) for rows in sorted(set(options.rows))}
     of_drafts = measure(drafts, options.repeats, target.device)
     return {
         "source": "measured",

@@ -19,6 +19,7 @@ from deepspec.drafts.heads import MarkovHead
 from deepspec.drafts.loading import check_target
 from deepspec.kernels.biased_sampling import argmax_biased, draw_biased
 from deepspec.kernels.dispatch import runs_in_triton
+from deepspec.kernels.rms_norm import fuse_norms
 from deepspec.targets import Target
 from deepspec.targets.layers import KeyValueShape
 
@@ -109,6 +110,8 @@ class DSparkProposer:
         """
         check_fits(draft, target, allow_other_target=allow_other_target)
         self.draft = draft.eval()
+        if draft.fc.weight.is_cuda:
+            fuse_norms(draft)
         self.block_size = draft.draft_length
         self.layer_ids: Sequence[int] = draft.target_layer_ids
         self.has_confidences = draft.confidence_head is not None

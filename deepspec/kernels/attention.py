@@ -6,7 +6,7 @@ softmax runs over both parts. A block that sees no context still attends itself,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 HIDDEN_SCORE = -1e30  # finite: a score that exp() turns into exactly 0
 CHUNK_OVERHEAD = 2**16  # a further chunk on the CPU costs about as much as this many scores
 LARGEST_CHUNK = 2**22  # scores in memory at once on the CPU
+ALIGNED_SCORES = 8  # a row of scores is a multiple of so many long, or products with it take a slow kernel on GPUs
 SMALLEST_FLEX_HEAD = 16  # head_dim that FlexAttention's GPU kernels can do
+FLEX_OPTIONS: Any = {"FORCE_USE_FLEX_ATTENTION": True}  # its kernel for few queries has no backward pass
+TILE = 128  # queries and keys of a tile of FlexAttention's masks
 
 
 @dataclass(frozen=True)
@@ -63,16 +66,17 @@ class ContextSpans:
 
     def _make_flex_mask(self, slots: int, columns: int) -> BlockMask:
         first, last = self.first, self.last
+        queries = first.shape[1] * slots
+        context = torch.tensor(columns, device=first.device)  # not a number: a kernel would be compiled for each
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             block = query // slots
             in_span = (key >= first[batch, block]) & (key < last[batch, block])
-            return torch.where(key < columns, in_span, (key - columns) // slots == block)
+            return torch.where(key < context, in_span, (key - context) // slots == block)
 
-        batch, blocks = first.shape
-        queries = blocks * slots
-        on_gpu = first.device.type == "cuda"
-        return create_block_mask(sees, batch, None, queries, columns + queries, device=first.device, _compile=on_gpu)
+        own = columns + torch.arange(queries, device=first.device)[None] // slots * slots
+        seen = (first.repeat_interleave(slots, 1), last.repeat_interleave(slots, 1))
+        return _mask_of_spans([seen, (own, own + slots)], columns + queries, sees)
 
     def _make_context_flex_mask(self, columns: int) -> BlockMask:
         first, last = self.first, self.last
@@ -80,9 +84,7 @@ class ContextSpans:
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return (key >= first[batch, query]) & (key < last[batch, query])
 
-        batch, blocks = first.shape
-        on_gpu = first.device.type == "cuda"
-        return create_block_mask(sees, batch, None, blocks, columns, device=first.device, _compile=on_gpu)
+        return _mask_of_spans([(first, last)], columns, sees)
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,40 @@ class Chunk:
 
     blocks: slice
     columns: slice
+
+
+def _mask_of_spans(spans: Sequence[tuple[Tensor, Tensor]], keys: int, sees: Callable[..., Tensor]) -> BlockMask:
+    """The mask of queries that see these keys. As `create_block_mask` makes it, which takes minutes to compile at some
+    lengths (pytorch issue 182060), and uncompiled writes down every query times every key.
+
+    Args:
+        spans: [batch or 1, queries] each, the first key and that behind the last; they do not overlap.
+        sees: the same by batch, head, query and key.
+    """
+    queries, device = spans[0][0].shape[1], spans[0][0].device
+    starts = torch.arange(0, keys, TILE, device=device)
+    ends = (starts + TILE).clamp(max=keys)
+    some = every = torch.zeros((), dtype=torch.bool, device=device)
+    for span in spans:
+        first, last = (bound[..., None] for bound in span)
+        some = some | ((first < ends) & (last > starts) & (first < last))
+        every = every | ((first <= starts) & (last >= starts + TILE))
+    some, every = (_by_tile(seen) for seen in (some, every))  # [batch, 1, tiles of queries, TILE, tiles of keys]
+    whole = every.all(3)
+    partly, fully = (_in_order(tiles) for tiles in (some.any(3) & ~whole, whole))
+    return BlockMask.from_kv_blocks(*partly, *fully, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(queries, keys))
+
+
+def _by_tile(seen: Tensor) -> Tensor:
+    """[batch, queries, keys] -> [batch, 1, tiles, TILE, keys], where queries that are not there see nothing."""
+    padded = functional.pad(seen, (0, 0, 0, -seen.shape[1] % TILE))
+    return padded.unflatten(1, (-1, TILE))[:, None]
+
+
+def _in_order(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row of tiles, bool [..., keys], how many are set and their numbers, followed by the other numbers."""
+    order = torch.argsort(tiles.int(), dim=-1, descending=True, stable=True)
+    return tiles.sum(-1, dtype=torch.int32), order.int()
 
 
 def _chunks(firsts: list[int], lasts: list[int], overhead: float, largest: float) -> list[Chunk]:
@@ -192,13 +228,14 @@ def block_attention_flex(
         block_mask=spans.flex_mask(slots, context_key.shape[2]),
         scale=scale,
         enable_gqa=heads != block_key.shape[1],
+        kernel_options=FLEX_OPTIONS,
     )
     return attended.view_as(query)
 
 
 @cache
 def compiled_flex() -> Any:
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, fullgraph=True)  # an error where it would go on unfused after many shapes
 
 
 def flex_dtype(query: Tensor) -> torch.dtype:
@@ -236,8 +273,10 @@ def block_attention_single(
     hidden = ~spans.visible(context)[:, None]
     over_context = (grouped @ context_key.transpose(-1, -2)).masked_fill(hidden, HIDDEN_SCORE)
     over_block = grouped @ block_key[:, :, 0].transpose(-1, -2)
-    weights = torch.cat([over_context, over_block], dim=-1).softmax(-1)
-    attended = weights[..., :context] @ context_value + weights[..., context:] @ block_value[:, :, 0]
+    own = block_key.shape[3]
+    padding = over_block.new_full((*over_block.shape[:-1], -own % ALIGNED_SCORES), HIDDEN_SCORE)
+    weights = torch.cat([over_context, over_block, padding], dim=-1).softmax(-1)
+    attended = weights[..., :context] @ context_value + weights[..., context : context + own] @ block_value[:, :, 0]
     return attended.reshape(query.shape)
 
 
@@ -344,10 +383,10 @@ class _ChunkedAttention(torch.autograd.Function):
 def _context_scores(query: Tensor, context_key: Tensor, spans: ContextSpans, chunk: Chunk) -> Tensor:
     """Scores of a chunk's blocks over its columns, hidden ones at HIDDEN_SCORE: [b, k, blocks, n, columns]"""
     scores = _over_context(query[:, :, chunk.blocks], context_key[:, :, chunk.columns].transpose(-1, -2))
-    columns = torch.arange(chunk.columns.start, chunk.columns.stop)
+    columns = torch.arange(chunk.columns.start, chunk.columns.stop, device=scores.device)
     first, last = spans.first[:, chunk.blocks, None], spans.last[:, chunk.blocks, None]
     hidden = (columns < first) | (columns >= last)  # [b, blocks, columns]
-    bias = torch.zeros(hidden.shape).masked_fill_(hidden, HIDDEN_SCORE)
+    bias = torch.zeros(hidden.shape, device=scores.device).masked_fill_(hidden, HIDDEN_SCORE)
     return scores.add_(bias[:, None, :, None])
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from deepspec.kernels.attention import (
+    FLEX_OPTIONS,
     SMALLEST_FLEX_HEAD,
     ContextSpans,
     block_attention_chunked,
@@ -101,6 +102,7 @@ def chain_attention_flex(
         block_mask=spans.context_flex_mask(context_key.shape[2]),
         scale=scale,
         enable_gqa=heads != kv_heads,
+        kernel_options=FLEX_OPTIONS,
         return_aux=AuxRequest(lse=True),
     )
     with torch.autocast(query.device.type, enabled=False):

@@ -9,15 +9,20 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from deepspec.data.packing import TokenBatch, one_document_a_row
+from deepspec.kernels.rms_norm import fuse_norms
 from deepspec.targets.adapters import adapter_for
 from deepspec.targets.attention import DOCUMENTS, attend_with
 from deepspec.targets.capture import capture_layers
 from deepspec.targets.fingerprint import fingerprint_of
 from deepspec.targets.layers import LayerMemory, cache_argument, inspect_layers
+
+# Without cuDNN's, which makes a plan for each new shape: documents are of as many lengths as there are documents.
+DOCUMENT_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Target:
         self.logit_scale = self.adapter.logit_scale(self.config)
         self.final_logit_softcapping = self.adapter.final_logit_softcapping(self.config)
         self.cache_argument = cache_argument(self._decoder)
+        if self._head.weight.is_cuda:
+            fuse_norms(model)
         self._fingerprint = fingerprint  # of the files; None = that of the weights in memory
 
     @property
@@ -119,7 +126,8 @@ class Target:
         """
         if batch.is_packed and self.is_recurrent:
             return self._features_by_document(batch, layer_ids)
-        with attend_with(self.config, DOCUMENTS, batch.documents if batch.is_packed else None):
+        layout = batch.documents if batch.is_packed else None
+        with attend_with(self.config, DOCUMENTS, layout), sdpa_kernel(DOCUMENT_BACKENDS):
             return self.hidden_states(
                 layer_ids, input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
             )
