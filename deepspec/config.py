@@ -35,7 +35,7 @@ class TargetConfig:
 @dataclass
 class DraftConfig:
     algorithm: str = "dspark"  # dspark (sequential and confidence heads), dflash (backbone alone) or eagle3
-    architecture: str = "Qwen3DSparkModel"  # for every target; Gemma4DSparkModel for Gemma 4; Eagle3: Qwen3Eagle3Model
+    architecture: str = "Qwen3DSparkModel"  # for every target; the others: docs/drafts.md
     num_layers: int = 5  # draft decoder layers
     num_heads: int | None = None  # attention heads; null = the target's where they fit (drafts/shapes.py)
     num_kv_heads: int | None = None  # key/value heads, a divisor of the heads; null likewise
@@ -216,7 +216,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "target.dtype": ("auto", "float32", "bfloat16", "float16"),
     "target.device_map": ("auto", "balanced", "balanced_low_0", "sequential"),
     "draft.algorithm": ("dspark", "dflash", "eagle3"),
-    "draft.architecture": ("Qwen3DSparkModel", "Gemma4DSparkModel", "Qwen3Eagle3Model"),
+    "draft.architecture": ("Qwen3DSparkModel", "Gemma4DSparkModel", "Qwen3Eagle3Model", "LlamaEagle3Model"),
     "draft.markov_head_type": ("vanilla", "gated", "rnn"),
     "data.on_bad_row": ("stop", "skip"),
     "features.source": ("online", "cached", "served", "vllm"),

@@ -103,6 +103,7 @@ def pruned(inputs: Inputs, every: int = 3) -> Inputs:
 
 NO_MARKOV: Inputs = {"latents": None, "markov_w2": None}
 NO_TARGET: Inputs = {"target_hidden": None, "ce_scale": 1.0, "tv_scale": 0.0}
+SOFT: Inputs = {"targets": None, "ce_scale": 1.0, "tv_scale": 0.0}
 FLOAT32: dict[str, Inputs] = {
     "dspark": random_inputs(),
     "one row": random_inputs(1),
@@ -118,6 +119,8 @@ FLOAT32: dict[str, Inputs] = {
     "capped": random_inputs(softcap=2.0),
     "scaled and capped": random_inputs(5, 4099, 16, logit_scale=0.7, softcap=3.0),
     "capped dflash": random_inputs(**NO_MARKOV, **NO_TARGET, softcap=2.0),
+    "eagle3": random_inputs(**NO_MARKOV, **SOFT),
+    "soft with distance": random_inputs(targets=None, softcap=2.0, logit_scale=0.7),
     "pruned": pruned(random_inputs()),
     "pruned, scaled and capped": pruned(random_inputs(logit_scale=0.7, softcap=2.0)),
     "pruned, a whole block": pruned(random_inputs(3, 8192, 8), every=2),
@@ -127,6 +130,7 @@ FLOAT32: dict[str, Inputs] = {
 }
 BF16 = {
     "dspark bf16": in_dtype(random_inputs(12), torch.bfloat16),
+    "eagle3 bf16": in_dtype(random_inputs(12, **NO_MARKOV, **SOFT), torch.bfloat16),
     "dflash bf16": in_dtype(random_inputs(12, **NO_MARKOV, **NO_TARGET), torch.bfloat16),
     "no target bf16": in_dtype(random_inputs(12, **NO_TARGET), torch.bfloat16),
     "states in float32": in_dtype(random_inputs(12), torch.bfloat16, ("head",)),

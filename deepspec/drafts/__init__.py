@@ -10,7 +10,7 @@ from deepspec.drafts.dspark import (
     LlamaDSparkModel,
     Qwen3DSparkModel,
 )
-from deepspec.drafts.eagle3 import Eagle3Model, Qwen3Eagle3Model
+from deepspec.drafts.eagle3 import Eagle3Model, LlamaEagle3Model, Qwen3Eagle3Model
 from deepspec.drafts.engines import engine_limits
 from deepspec.drafts.loading import check_target, load_draft
 
@@ -22,6 +22,7 @@ __all__ = [
     "Eagle3Model",
     "Gemma4DSparkModel",
     "LlamaDSparkModel",
+    "LlamaEagle3Model",
     "Qwen3DSparkModel",
     "Qwen3Eagle3Model",
     "build_draft",

@@ -9,11 +9,18 @@ from transformers import PreTrainedConfig
 from deepspec.drafts.base import DraftModel, TargetWeights
 from deepspec.drafts.configuration import architecture_of
 from deepspec.drafts.dspark import DFlashDraftModel, Gemma4DSparkModel, LlamaDSparkModel, Qwen3DSparkModel
-from deepspec.drafts.eagle3 import Qwen3Eagle3Model
+from deepspec.drafts.eagle3 import LlamaEagle3Model, Qwen3Eagle3Model
 
 CLASSES: dict[str, type[DraftModel]] = {
     draft_class.__name__: draft_class
-    for draft_class in (Qwen3DSparkModel, DFlashDraftModel, Gemma4DSparkModel, LlamaDSparkModel, Qwen3Eagle3Model)
+    for draft_class in (
+        Qwen3DSparkModel,
+        DFlashDraftModel,
+        Gemma4DSparkModel,
+        LlamaDSparkModel,
+        Qwen3Eagle3Model,
+        LlamaEagle3Model,
+    )
 }
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from transformers import Gemma4TextConfig, PreTrainedConfig, Qwen3Config
+from transformers import Gemma4TextConfig, LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from deepspec.config import ConfigError, near_match
 from deepspec.drafts import eagle3_configuration as eagle3
-from deepspec.drafts.eagle3_configuration import EAGLE3, EAGLE3_ARCHITECTURES, QWEN3_EAGLE3, is_eagle3
+from deepspec.drafts.eagle3_configuration import EAGLE3, LLAMA_EAGLE3, is_eagle3
 from deepspec.drafts.families import family_of
 from deepspec.drafts.shapes import LayerShape, layer_shape, norm_epsilon, plain_rope, position_limit
 
@@ -35,9 +35,7 @@ def architecture_of(config: PreTrainedConfig) -> str:
     """
     family_of(config)
     if is_eagle3(config):
-        if config.model_type != "qwen3":
-            raise ConfigError(f"model_type={config.model_type}: an Eagle3 draft is qwen3-shaped here")
-        return QWEN3_EAGLE3
+        return eagle3.architecture_of(config)
     settings = DraftSettings.of(config)
     if config.model_type == "qwen3" and settings.algorithm == "dflash" and not settings.sample_from_anchor:
         return DFLASH
@@ -52,7 +50,7 @@ def known_architectures(config: PreTrainedConfig) -> tuple[str, ...]:
     """
     family_of(config)
     if is_eagle3(config):
-        return EAGLE3_ARCHITECTURES
+        return (eagle3.architecture_of(config), eagle3.ALSO_READ)
     return (ARCHITECTURES[config.model_type], *([DFLASH] if config.model_type == "qwen3" else []))
 
 
@@ -217,7 +215,8 @@ def build_draft_config(
             Eagle3, which has none of them.
         sample_from_anchor: the first slot predicts the token after the anchor; False = DFlash's own convention, in
             which the masks alone predict: block_size - 1 tokens. Such a DFlash becomes a DFlashDraftModel.
-        architecture: Qwen3DSparkModel, Gemma4DSparkModel for a Gemma 4 target, or Qwen3Eagle3Model for Eagle3.
+        architecture: Qwen3DSparkModel, Gemma4DSparkModel for a Gemma 4 target, or of Eagle3 Qwen3Eagle3Model
+            or LlamaEagle3Model.
         num_heads, num_kv_heads, head_dim, intermediate_size: of the draft's layers; None = see `layer_shape`.
         sliding_window: context tokens that a block sees; None = all. Stored as engines read it: sliding layers that are
             not causal, see `DraftSettings.of`.
@@ -323,7 +322,7 @@ def _qwen3_config(
     nested: dict[str, Any] = {"causal": False}
     if sliding_window is not None:
         fields |= {"use_sliding_window": True, "sliding_window": sliding_window, "is_causal": False, NESTED: nested}
-    config = Qwen3Config(**fields)
+    config = (LlamaConfig if fields["architectures"] == [LLAMA_EAGLE3] else Qwen3Config)(**fields)
     config.architectures = [architecture_of(config)]
     if config.architectures == [DFLASH]:
         config.dflash_config = {name: fields[name] for name in ("mask_token_id", "target_layer_ids")} | nested

@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedConfig, Qwen3Config
+from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from deepspec.config import ConfigError
 from deepspec.drafts.backbone import KeyValue, Projections, Rotation
@@ -205,3 +205,9 @@ class Eagle3Model(DraftModel):
 
 class Qwen3Eagle3Model(Eagle3Model):
     config_class = Qwen3Config
+
+
+class LlamaEagle3Model(Eagle3Model):
+    """Without query and key norms."""
+
+    config_class = LlamaConfig

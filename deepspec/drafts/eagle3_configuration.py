@@ -9,14 +9,25 @@ from transformers import PreTrainedConfig
 from deepspec.config import ConfigError
 
 EAGLE3 = "eagle3"
-QWEN3_EAGLE3 = "Qwen3Eagle3Model"
-EAGLE3_ARCHITECTURES = (QWEN3_EAGLE3, "Eagle3DraftModel")  # the first is written, both are read
+QWEN3_EAGLE3, LLAMA_EAGLE3 = "Qwen3Eagle3Model", "LlamaEagle3Model"
+# By model_type. The Llama shape has no query and key norms, which SGLang's Eagle3 lacks; vLLM has both shapes.
+EAGLE3_ARCHITECTURES = {"qwen3": QWEN3_EAGLE3, "llama": LLAMA_EAGLE3}
+ALSO_READ = "Eagle3DraftModel"  # of either model_type
+READABLE = frozenset({*EAGLE3_ARCHITECTURES.values(), ALSO_READ})
 
 
 def is_eagle3(config: PreTrainedConfig) -> bool:
     """By its architecture, or by `draft_algorithm` where a config was not saved yet."""
     named = set(getattr(config, "architectures", None) or [])
-    return bool(named & set(EAGLE3_ARCHITECTURES)) or getattr(config, "draft_algorithm", None) == EAGLE3
+    return bool(named & READABLE) or getattr(config, "draft_algorithm", None) == EAGLE3
+
+
+def architecture_of(config: PreTrainedConfig) -> str:
+    """The class of an Eagle3 draft. Raises ConfigError: there is none of this `model_type`."""
+    if config.model_type not in EAGLE3_ARCHITECTURES:
+        allowed = ", ".join(EAGLE3_ARCHITECTURES)
+        raise ConfigError(f"model_type={config.model_type}: an Eagle3 draft's is one of {allowed}")
+    return EAGLE3_ARCHITECTURES[config.model_type]
 
 
 def own_fields(ttt_length: int, step_loss_decay: float) -> dict[str, Any]:
@@ -54,13 +65,13 @@ def own_settings(config: PreTrainedConfig) -> dict[str, Any]:
 def check_settings(num_layers: int, architecture: str, sliding_window: int | None) -> None:
     """Refuse what an Eagle3 draft cannot be. Raises ConfigError."""
     for key, value, only in (
-        ("num_layers", num_layers, 1),
-        ("architecture", architecture, QWEN3_EAGLE3),
-        ("sliding_window", sliding_window, None),
+        ("num_layers", num_layers, (1,)),
+        ("architecture", architecture, tuple(EAGLE3_ARCHITECTURES.values())),
+        ("sliding_window", sliding_window, (None,)),
     ):
-        if value != only:
-            shown = "null" if only is None else only
+        if value not in only:
+            allowed = " or ".join("null" if one is None else str(one) for one in only)
             raise ConfigError(
-                f"draft.{key}={value}: with draft.algorithm=eagle3 it can only be {shown}; choose the group with "
-                f"draft=eagle3, or set draft.{key}={shown}"
+                f"draft.{key}={value}: with draft.algorithm=eagle3 it can only be {allowed}; choose the group with "
+                "draft=eagle3, or set it"
             )

@@ -19,7 +19,7 @@ from deepspec.drafts.configuration import (
     architecture_of,
     uniform_layers,
 )
-from deepspec.drafts.eagle3_configuration import EAGLE3
+from deepspec.drafts.eagle3_configuration import EAGLE3, LLAMA_EAGLE3, QWEN3_EAGLE3
 from deepspec.drafts.families import FAMILIES
 
 LLAMA = ARCHITECTURES["llama"]
@@ -98,7 +98,9 @@ def vllm_limits(kind: DraftKind) -> list[str]:
 def sglang_limits(kind: DraftKind) -> list[str]:
     """What SGLang cannot do, a clause each."""
     if kind.algorithm == EAGLE3:
-        return ["has Eagle3 with Llama layers only, and would leave out the norms over queries and keys without a word"]
+        if kind.architecture == QWEN3_EAGLE3:
+            return [f"has no query and key norms in an Eagle3 (draft.architecture={LLAMA_EAGLE3} has none)"]
+        return _unscaled(kind)
     if kind.architecture == GEMMA4:
         return [f"has no {GEMMA4}"]
     limits = _unscaled(kind)

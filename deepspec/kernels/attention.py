@@ -277,7 +277,7 @@ def block_attention_single(
     padding = over_block.new_full((*over_block.shape[:-1], -own % ALIGNED_SCORES), HIDDEN_SCORE)
     weights = torch.cat([over_context, over_block, padding], dim=-1).softmax(-1)
     attended = weights[..., :context] @ context_value + weights[..., context : context + own] @ block_value[:, :, 0]
-    return attended.view(query.shape)
+    return attended.reshape(query.shape)
 
 
 def block_attention_chunked(

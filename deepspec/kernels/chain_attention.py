@@ -114,4 +114,4 @@ def chain_attention_flex(
         weights = torch.cat([context_score, own_scores], dim=-1).softmax(-1)
         attended = torch.einsum("bkgcs,bkcsh->bkgch", weights[..., 1:], own_value.float())
         attended = attended + weights[..., :1] * of_context.float().view(grouped.shape)
-    return attended.view(query.shape).to(dtype)
+    return attended.reshape(query.shape).to(dtype)

@@ -41,6 +41,8 @@ TRAINING_ROWS = {
     "train.loss.tv": "Weight of total variation",
     "train.loss.confidence": "Weight of the confidence loss",
     "train.loss.decay": "Slot weight decay g in exp(-(k-1)/g)",
+    "train.loss.step_decay": "Factor of the loss from one step of the chain to the next",
+    "train.loss.divisor": "What the loss is divided by",
     "data.train_files": "Training data",
     "data.max_length": "Longest sample, tokens",
     "data.min_supervised_tokens": "Fewest supervised tokens of a sample",
@@ -93,6 +95,7 @@ def build_card(
 def _introduction(source: DraftSource, settings: DraftSettings, repo_id: str) -> str:
     config = source.config
     title = TITLES[settings.algorithm]
+    article = "An" if title[0] in "AEIOU" else "A"
     target = getattr(config, "target_model_name_or_path", None)
     fingerprint = getattr(config, "target_fingerprint", None)
     facts = [
@@ -107,7 +110,7 @@ def _introduction(source: DraftSource, settings: DraftSettings, repo_id: str) ->
     ]
     return (
         f"# {repo_id.split('/')[-1]}\n\n"
-        f"A {title} draft model for speculative decoding with {target_title(target)}. It proposes up to "
+        f"{article} {title} draft model for speculative decoding with {target_title(target)}. It proposes up to "
         f"{settings.draft_length} tokens a round, and the target verifies them in one forward pass; the text has the "
         "target's own distribution. It is of no use without that target.\n\n" + markdown_table(("", ""), facts)
     )

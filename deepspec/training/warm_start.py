@@ -17,7 +17,8 @@ from deepspec.config import ConfigError, DraftConfig
 from deepspec.drafts import DraftModel, DraftSettings, build_draft
 from deepspec.drafts.base import TargetWeights
 from deepspec.drafts.configuration import ARCHITECTURES
-from deepspec.drafts.eagle3_configuration import QWEN3_EAGLE3, is_eagle3
+from deepspec.drafts.eagle3_configuration import architecture_of as eagle3_architecture_of
+from deepspec.drafts.eagle3_configuration import is_eagle3
 from deepspec.drafts.families import head_dim_of
 from deepspec.drafts.loading import find_draft_folder, read_draft, read_draft_config
 
@@ -37,7 +38,7 @@ def filled_in(draft: DraftConfig, start_from: str | None) -> DraftConfig:
         "mask_token_id": settings.mask_token_id,
         "vocab_size": settings.draft_vocab_size,
     }
-    if config.model_type == "qwen3":  # the only one whose sizes can be set
+    if config.model_type == "qwen3" or is_eagle3(config):  # the only ones whose sizes can be set
         earlier |= _sizes(config)
     open_keys: dict[str, Any] = {key: value for key, value in earlier.items() if getattr(draft, key) is None}
     return replace(draft, **open_keys)
@@ -71,7 +72,9 @@ def _settings(config: PreTrainedConfig) -> dict[str, object]:
     """What `draft.*` says about a draft, by its keys. A head's details count only where there is that head."""
     settings = DraftSettings.of(config)
     read: dict[str, object] = {
-        "draft.architecture": QWEN3_EAGLE3 if is_eagle3(config) else ARCHITECTURES[config.model_type],
+        "draft.architecture": (
+            eagle3_architecture_of(config) if is_eagle3(config) else ARCHITECTURES[config.model_type]
+        ),
         "draft.algorithm": settings.algorithm,
         "draft.num_layers": config.num_hidden_layers,
         "draft.block_size": None if is_eagle3(config) else settings.block_size,

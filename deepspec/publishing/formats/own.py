@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deepspec.drafts.configuration import DFLASH, GEMMA4, NESTED, QWEN3, REQUIRED
-from deepspec.drafts.eagle3_configuration import EAGLE3_ARCHITECTURES, QWEN3_EAGLE3
+from deepspec.drafts.eagle3_configuration import EAGLE3_ARCHITECTURES, READABLE
 from deepspec.drafts.engines import LLAMA, DraftKind
 from deepspec.publishing.formats.base import Config, DraftFolder, Format, Verifier, refuse_causal
 
@@ -15,7 +15,7 @@ class DeepSpecFormat(Format):
     description = "our own: DSpark, DFlash and Eagle3 as training writes them"
 
     def recognises(self, folder: DraftFolder) -> bool:
-        return bool({QWEN3, GEMMA4, LLAMA, DFLASH, *EAGLE3_ARCHITECTURES} & set(folder.architectures))
+        return bool({QWEN3, GEMMA4, LLAMA, DFLASH, *READABLE} & set(folder.architectures))
 
     def limits(self, kind: DraftKind) -> list[str]:
         return []
@@ -25,8 +25,8 @@ class DeepSpecFormat(Format):
 
     def from_config(self, config: Config) -> Config:
         names = config.get("architectures") or []
-        if set(EAGLE3_ARCHITECTURES) & set(names):
-            return config | {"architectures": [QWEN3_EAGLE3]}
+        if READABLE & set(names):
+            return config | {"architectures": [EAGLE3_ARCHITECTURES.get(config["model_type"], names[0])]}
         nested = config.get(NESTED) or {}
         refuse_causal(config, is_causal=config.get("is_causal", nested.get("causal")))
         return {name: nested[name] for name in REQUIRED if name in nested} | config
