@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from conftest import GOLDENS
@@ -9,7 +11,9 @@ from decoding_world import random_draft, random_target
 
 from deepspec import load_draft
 from deepspec.decoding import DSparkProposer, Request, SpeculativeEngine
+from deepspec.decoding import engine as engine_module
 from deepspec.decoding.cache import KeyValueStore
+from deepspec.decoding.graphs import no_collection
 from deepspec.decoding.policies import ConfidenceThreshold
 from deepspec.targets.attention import current_layout
 
@@ -82,6 +86,34 @@ def test_tokens_do_not_depend_on_what_else_is_in_the_batch(golden_target, traine
         for i, completion in zip(order, together, strict=True):
             assert outcome(completion) == outcome(alone[i])
     assert len({tuple(completion.output_ids) for completion in alone}) == len(requests)
+
+
+def test_prompts_enter_in_passes_of_limited_size(golden_target, trained, monkeypatch):
+    """Each prompt counts as the longest of its pass, and one alone always fits."""
+    requests = [
+        Request(request.prompt_ids, 3, seed=request.seed) for request in mixed_requests(golden_target.vocab_size, 8)
+    ]
+    at_once = outcomes(engine_of(golden_target, trained, slots=6).generate(requests))
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 12)  # prompts of 1 and 3 tokens, 5, 7, ...
+    engine = engine_of(golden_target, trained, slots=6)
+    for request in requests:
+        engine.submit(request)
+    entered = []
+    while len(entered) < 3:
+        before = engine.waiting
+        engine.step()
+        entered.append(before - engine.waiting)
+    assert entered == [2, 1, 1]
+    assert outcomes(engine_of(golden_target, trained, slots=6).generate(requests)) == at_once
+
+
+def test_nothing_is_collected_during_a_capture():
+    with no_collection():
+        assert not gc.isenabled()
+        with no_collection():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 def test_an_engine_can_be_used_again(golden_target, trained):
