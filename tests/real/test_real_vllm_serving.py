@@ -106,7 +106,12 @@ def test_tau_at_temperature_1(builtin: Target, algorithm: str, tmp_path: Path):
 def test_smollm2(tmp_path: Path):
     place = environments.smollm2_weights()
     words = ["recipes=smoke_dflash_fill_in", f"target.path={place}", "draft.start_from_target=false"]
-    words += ["draft.target_layer_ids=[1,14,27]", "train.global_batch_size=4", "train.num_anchors=12"]
+    words += [
+        "draft.target_layer_ids=[1,14,27]",
+        "train.global_batch_size=4",
+        "train.num_anchors=12",
+        "data.eval_samples=8",
+    ]
     words += [f"data.chat_template={BUILTIN / 'chat_template.jinja'}"]  # the model's own marks no assistant tokens
     draft = train(words, tmp_path / "run", steps=40)
     target = load_target(str(place), dtype=torch.float32)
