@@ -36,6 +36,8 @@ def test_a_trained_draft_goes_to_an_engine_and_back(
     trained = train(tiny_run(training_world, tmp_path / "run", draft=draft, steps=2, save_steps=2)).checkpoint
     there, back, target_path = tmp_path / "there", tmp_path / "back", training_world / "target"
 
+    publishing(["check", f"path={tmp_path / 'run'}"])
+    assert f"{trained / 'draft'}:" in capsys.readouterr().out
     assert publishing(["export", f"checkpoint={tmp_path / 'run'}", f"format={layout}", f"output_dir={there}"]) == 0
     assert publishing(["check", f"path={there}", f"engine={engine}"]) == 0
     assert "would fail: nothing" in capsys.readouterr().out

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepspec.checkpoints import DRAFT
 from deepspec.config import ConfigError, near_match
+from deepspec.drafts.loading import find_draft_folder
 from deepspec.publishing.convert import open_draft
 from deepspec.publishing.engines import ENGINES, Finding, Level
 from deepspec.publishing.engines.base import care, fails, fine
@@ -19,7 +21,7 @@ from deepspec.publishing.reading import pickled_files, read_folder
 class CheckOptions:
     """Read a folder as an engine would, and say what is fine, what needs care and what would fail."""
 
-    path: str = "???"  # folder of a draft, of any format
+    path: str = "???"  # folder of a draft, of any format; or a checkpoint, or a training run (its newest checkpoint)
     engine: str | None = None  # vllm, sglang, transformers or speculators; null = all
 
 
@@ -46,13 +48,21 @@ def check(options: CheckOptions) -> int:
             f"engine={options.engine}: must be one of {', '.join(ENGINES)}.{near_match(options.engine, ENGINES)}"
         )
     chosen = [options.engine] if options.engine else list(ENGINES)
-    report = examine(Path(options.path).expanduser(), chosen)
-    _print(str(options.path), report.folder)
+    folder = _draft_of(Path(options.path).expanduser())
+    report = examine(folder, chosen)
+    _print(str(folder), report.folder)
     for name, findings in report.engines.items():
         _print(f"{ENGINES[name].title} {ENGINES[name].version}", findings)
     failing = [name for name in chosen if report.would_fail(name)]
     print(f"would fail: {', '.join(ENGINES[name].title for name in failing) or 'nothing'}")
     return int(len(failing) == len(chosen))
+
+
+def _draft_of(path: Path) -> Path:
+    """Of a checkpoint or a training run the draft that lies in it, which is what an engine is given."""
+    if (path / DRAFT).is_dir() or (path / "checkpoints").is_dir():
+        return find_draft_folder(path, key="path")
+    return path
 
 
 def examine(path: Path, engines: Iterable[str]) -> Report:

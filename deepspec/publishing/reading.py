@@ -46,9 +46,6 @@ def _without_config(path: Path) -> str:
         return f"a folder of the Hub's cache; the model is in {snapshots[-1].parent}"
     if not any(path.iterdir()):
         return "empty"
-    for inside in ("draft", "checkpoints"):
-        if (path / inside).is_dir():
-            return f"no config.json; this is a checkpoint or a run, and the draft lies further in ({inside}/)"
     if list(path.glob("*.gguf")):
         return "GGUF files and no config.json; a draft is a folder with config.json and safetensors"
     return "no config.json; give the folder of a draft"
