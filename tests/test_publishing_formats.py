@@ -39,6 +39,8 @@ HELD = {
     "dflash": {"deepspec", "speculators"},
     "fill_in": {"deepspec", "speculators", "zlab", "sglang", "transformers"},
     "eagle3": {"deepspec", "speculators"},
+    "llama_eagle3": {"deepspec", "speculators", "eagle3"},
+    "pruned_llama_eagle3": {"deepspec", "speculators", "eagle3"},
     "pruned": {"deepspec", "speculators"},
     "pruned_fill_in": {"deepspec", "speculators"},
 }

@@ -103,7 +103,7 @@ def test_transformers_code_is_code(tmp_path: Path) -> None:
             "deepspec",
             ["- vLLM cannot, because it has no Qwen3Eagle3Model: export it with format=speculators."],
         ),
-        ("eagle3", "speculators", ["- SGLang cannot, because it has Eagle3 with Llama layers only"]),
+        ("eagle3", "speculators", ["- SGLang cannot, because it has no query and key norms in an Eagle3"]),
         ("dflash", "deepspec", ["- vLLM cannot, because it has DFlash only in", "- SGLang cannot, because it refuses"]),
         ("fill_in", "speculators", ["- SGLang cannot, because it does not read the speculators format"]),
         ("pruned", "deepspec", ["- SGLang cannot, because it drafts with the target's whole head"]),
