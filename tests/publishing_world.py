@@ -165,17 +165,27 @@ def write_speculators_dspark(folder: Path) -> Path:
 
 
 def write_llama_eagle3(folder: Path, mapping: torch.dtype = torch.int64) -> Path:
-    """An EAGLE-3 draft as others train it: Llama layers, `midlayer`, a pruned vocabulary."""
-    folder.mkdir(parents=True)
-    tensors = {
-        "d2t": torch.zeros(32, dtype=mapping),
-        "t2d": torch.zeros(512, dtype=torch.bool),
-        "fc.weight": torch.zeros(64, 192),
-        "lm_head.weight": torch.zeros(32, 64),
-        "midlayer.self_attn.q_proj.weight": torch.zeros(64, 128),
-        "norm.weight": torch.zeros(64),
+    """An EAGLE-3 draft as SpecForge saves it: three layers that it does not name, a pruned vocabulary, no embedding."""
+    ours = read_config(write_draft("pruned_llama_eagle3", folder))
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {"fc.weight": tensors["fc.weight"][:, :192].clone(), "d2t": tensors["d2t"].to(mapping)}
+    del tensors["embed_tokens.weight"]
+    theirs = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
+    save_file(theirs, folder / "model.safetensors", {"format": "pt"})
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    fields: dict[str, Any] = {name: ours[name] for name in (*sizes, "draft_vocab_size", "max_position_embeddings")} | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
     }
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    fields = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "draft_vocab_size": 32}
-    (folder / "config.json").write_text(json.dumps(fields | {"vocab_size": 512, "hidden_size": 64}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     return folder

@@ -46,7 +46,7 @@ class SGLang(Engine):
 
     def unread(self, kind: DraftKind, its_format: Format) -> str | None:
         if kind.algorithm == EAGLE3 and its_format.name != "eagle3":
-            return f"has no {kind.architecture} of the {its_format.name} format: export it with format=eagle3"
+            return f"has no {kind.architecture}: export it with format=eagle3"
         return super().unread(kind, its_format)
 
     def traps(self, draft: OpenedDraft) -> Iterator[Finding]:

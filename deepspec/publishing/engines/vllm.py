@@ -57,7 +57,8 @@ class VLLM(Engine):
 
     def unread(self, kind: DraftKind, its_format: Format) -> str | None:
         if kind.algorithm == "eagle3" and its_format.name not in ("speculators", "eagle3"):
-            return f"has no {kind.architecture}: export it with format=speculators"
+            chosen = "eagle3 or speculators" if kind.architecture == LLAMA_EAGLE3 else "speculators"
+            return f"has no {kind.architecture}: export it with format={chosen}"
         return super().unread(kind, its_format)
 
     def no_target(self, serving: Serving) -> str | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
+
 from deepspec.drafts.configuration import DFLASH, FULL, GEMMA4, SLIDING
 from deepspec.drafts.engines import LLAMA, DraftKind
 from deepspec.drafts.families import FAMILIES

@@ -1,4 +1,4 @@
-"""The layout of EAGLE-3 drafts of Llama shape, which SGLang and vLLM load: `LlamaForCausalLMEagle3`, its layer `midlayer`.
+"""The layout of EAGLE-3 drafts of Llama shape that SGLang and vLLM load: `LlamaForCausalLMEagle3`, with a `midlayer`.
 
 The two count captured layers differently. SGLang 0.5.23, and SpecForge, which trains such drafts, name a layer whose
 output is read, from 0, in `eagle_config`. vLLM 0.32 names how many layers are before it, so one more, at the top level;
