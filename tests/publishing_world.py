@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
 TARGET = GOLDENS / "target"
@@ -39,19 +40,32 @@ def change_tensors(folder: Path, **changes: Tensor | None) -> Path:
     return folder
 
 
+# Of which golden checkpoint another kind is made.
+BASES = {
+    "fill_in": "dflash",
+    "pruned_fill_in": "dflash",
+    "pruned": "dspark_vanilla",
+    "windowed": "dspark_rnn",
+    "llama_eagle3": "eagle3",
+    "pruned_llama_eagle3": "eagle3",
+}
+
+
 def write_draft(kind: str, folder: Path) -> Path:
-    """A draft in our layout: NAME of `ckpt_NAME` (eagle3 in bfloat16), fill_in, windowed, pruned or pruned_fill_in."""
-    base = {"fill_in": "dflash", "pruned_fill_in": "dflash", "pruned": "dspark_vanilla", "windowed": "dspark_rnn"}
-    name = base.get(kind, kind)
+    """A draft in our layout: NAME of `ckpt_NAME`, or a kind of `BASES`; Eagle3 in bfloat16."""
+    name = BASES.get(kind, kind)
     shutil.copytree(GOLDENS / f"ckpt_{name}", folder)
     algorithm = {"dflash": "dflash", "eagle3": "eagle3"}.get(name, "dspark")
     change_config(folder, **METADATA, draft_algorithm=algorithm)
-    if kind == "eagle3":
+    if algorithm == "eagle3":
         tensors = load_file(folder / "model.safetensors")
         halves = {tensor: weight.bfloat16() for tensor, weight in tensors.items()}
         save_file(halves, folder / "model.safetensors", {"format": "pt"})
-        return change_config(folder, dtype="bfloat16")
-    change_config(folder, sample_from_anchor=True)
+        change_config(folder, dtype="bfloat16")
+    else:
+        change_config(folder, sample_from_anchor=True)
+    if "llama" in kind:
+        _as_llama(folder)
     if kind.endswith("fill_in"):
         nested = {"mask_token_id": 511, "target_layer_ids": [1, 3, 4], "causal": False}
         architecture = ["DFlashDraftModel"]
@@ -63,6 +77,16 @@ def write_draft(kind: str, folder: Path) -> Path:
     if kind.startswith("pruned"):
         _prune(folder)
     return folder
+
+
+def _as_llama(folder: Path) -> None:
+    """Without query and key norms, and with the config that a trained one has."""
+    norms = {f"layers__0__self_attn__{name}_norm__weight": None for name in "qk"}
+    change_tensors(folder, **norms)
+    of_qwen3 = ("use_sliding_window", "sliding_window", "max_window_layers", "model_type")
+    fields = {name: value for name, value in read_config(folder).items() if name not in of_qwen3}
+    fields = LlamaConfig(**fields | {"architectures": ["LlamaEagle3Model"]}).to_diff_dict()
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
 
 
 def _prune(folder: Path) -> None:
@@ -141,17 +165,27 @@ def write_speculators_dspark(folder: Path) -> Path:
 
 
 def write_llama_eagle3(folder: Path, mapping: torch.dtype = torch.int64) -> Path:
-    """An EAGLE-3 draft as others train it: Llama layers, `midlayer`, a pruned vocabulary."""
-    folder.mkdir(parents=True)
-    tensors = {
-        "d2t": torch.zeros(32, dtype=mapping),
-        "t2d": torch.zeros(512, dtype=torch.bool),
-        "fc.weight": torch.zeros(64, 192),
-        "lm_head.weight": torch.zeros(32, 64),
-        "midlayer.self_attn.q_proj.weight": torch.zeros(64, 128),
-        "norm.weight": torch.zeros(64),
+    """An EAGLE-3 draft as SpecForge saves it: three layers that it does not name, a pruned vocabulary, no embedding."""
+    ours = read_config(write_draft("pruned_llama_eagle3", folder))
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {"fc.weight": tensors["fc.weight"][:, :192].clone(), "d2t": tensors["d2t"].to(mapping)}
+    del tensors["embed_tokens.weight"]
+    theirs = {name.replace("layers.0.", "midlayer."): tensor for name, tensor in tensors.items()}
+    save_file(theirs, folder / "model.safetensors", {"format": "pt"})
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size")
+    fields: dict[str, Any] = {name: ours[name] for name in (*sizes, "draft_vocab_size", "max_position_embeddings")} | {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "model_type": "llama",
+        "num_hidden_layers": 1,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
     }
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    fields = {"architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "draft_vocab_size": 32}
-    (folder / "config.json").write_text(json.dumps(fields | {"vocab_size": 512, "hidden_size": 64}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     return folder

@@ -61,6 +61,9 @@ def exported(kind: str, name: str, tmp_path: Path) -> Path:
         ("fill_in", "speculators", {"vllm", "speculators"}),
         ("eagle3", "deepspec", set()),
         ("eagle3", "speculators", {"vllm", "speculators"}),
+        ("llama_eagle3", "deepspec", set()),
+        ("llama_eagle3", "speculators", {"vllm", "speculators"}),
+        ("pruned_llama_eagle3", "eagle3", {"vllm", "sglang"}),
         ("pruned", "deepspec", {"vllm"}),
         ("pruned", "speculators", {"vllm", "speculators"}),
         ("pruned_fill_in", "deepspec", {"vllm"}),
@@ -100,6 +103,18 @@ def with_layers(folder: Path, remove: tuple[str, ...] = (), **changes: Any) -> P
         ("dspark_vanilla", "speculators", ((), {"speculators_config": {"verifier": {}}}), "speculators", "no verifier"),
         ("dspark_vanilla", "sglang", ((), {"block_size": 5}), "sglang", "has 7 temperatures, the draft proposes 5"),
         ("dspark_vanilla", "deepspec", ((), {"rope_parameters": DYNAMIC_ROPE}), "vllm", "type dynamic"),
+        ("llama_eagle3", "eagle3", (("eagle_aux_hidden_state_layer_ids",), {}), "vllm", "write [1, 2, 3, 4, 5] there"),
+        ("llama_eagle3", "eagle3", (("eagle_config",), {}), "sglang", "write [0, 1, 2, 3, 4] there"),
+        ("llama_eagle3", "eagle3", (("eagle_config", "num_aux_hidden_states"), {}), "vllm", "of 3 captured layers"),
+        (
+            "llama_eagle3",
+            "eagle3",
+            ((), {"architectures": ["Eagle3LlamaForCausalLM"]}),
+            "sglang",
+            "write architectures",
+        ),
+        ("llama_eagle3", "eagle3", ((), {"target_hidden_size": None}), "sglang", "target_hidden_size null"),
+        ("llama_eagle3", "eagle3", (("draft_vocab_size",), {}), "sglang", "wants draft_vocab_size"),
     ],
 )
 def test_traps_of_fields(
@@ -113,6 +128,14 @@ def test_traps_of_fields(
     status, printed = check(change_config(folder, change[0], **change[1]), engine)
     assert expected in printed
     assert status == (0 if "dynamic" in expected else 1)
+
+
+def test_how_many_layers_the_speculators_layout_says_of_a_llama_shape(tmp_path: Path, check: Check) -> None:
+    folder = exported("llama_eagle3", "speculators", tmp_path)
+    assert check(folder, "vllm")[0] == 0
+    status, printed = check(with_layers(folder, ("num_aux_hidden_states",)), "vllm")
+    assert status == 1
+    assert "takes it for a draft of 3 captured layers and it has 5" in printed
 
 
 def test_a_window_in_the_speculators_layout_is_causal_to_vllm_unless_said(tmp_path: Path, check: Check) -> None:
@@ -229,11 +252,12 @@ def test_eagle3_of_another_family(tmp_path: Path, check: Check) -> None:
     status, printed = check(write_llama_eagle3(tmp_path / "a"))
     assert status == 0
     assert "LlamaForCausalLMEagle3 runs under method eagle3" in printed
-    assert "pruned vocabulary of 32 words" in printed
+    assert "pruned vocabulary of 201 words" in printed
     assert "DeepSpec cannot import it" in printed
+    assert "import it with target=" in printed
     status, printed = check(write_llama_eagle3(tmp_path / "b", torch.int32), "vllm")
     assert status == 1
-    assert "d2t is I32 [32], it wants I64 [32]" in printed
+    assert "d2t is I32 [201], it wants I64 [201]" in printed
 
 
 def test_other_types_of_speculators(tmp_path: Path, check: Check) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 from publishing_world import (
+    KEPT_WORDS,
     TARGET,
     change_config,
     change_tensors,
     read_config,
     write_draft,
+    write_llama_eagle3,
     write_speculators_dspark,
     write_zlab,
 )
@@ -39,6 +41,8 @@ HELD = {
     "dflash": {"deepspec", "speculators"},
     "fill_in": {"deepspec", "speculators", "zlab", "sglang", "transformers"},
     "eagle3": {"deepspec", "speculators"},
+    "llama_eagle3": {"deepspec", "speculators", "eagle3"},
+    "pruned_llama_eagle3": {"deepspec", "speculators", "eagle3"},
     "pruned": {"deepspec", "speculators"},
     "pruned_fill_in": {"deepspec", "speculators"},
 }
@@ -154,6 +158,95 @@ def test_a_draft_that_speculators_trained(tmp_path: Path) -> None:
     assert all(torch.equal(draft.state_dict()[name], value) for name, value in original.items())
     assert (draft.config.markov_head_type, draft.config.target_layer_ids) == ("gated", [1, 3, 4])
     assert draft.config.target_model_name_or_path == str(TARGET)
+
+
+def test_what_the_eagle3_layout_says(tmp_path: Path) -> None:
+    export(write_draft("pruned_llama_eagle3", tmp_path / "a"), "eagle3", tmp_path / "b")
+    fields, tensors = read_config(tmp_path / "b"), load_file(tmp_path / "b" / "model.safetensors")
+    assert fields["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert fields["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2, 3, 4], "SGLang counts from 0"
+    assert fields["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3, 4, 5], "vLLM counts from the embedding"
+    assert (fields["num_aux_hidden_states"], fields["draft_vocab_size"]) == (5, len(KEPT_WORDS))
+    assert {name for name in tensors if not name.startswith("midlayer.")} == {
+        *("d2t", "t2d", "fc.weight", "norm.weight", "lm_head.weight")
+    }
+    assert tensors["midlayer.self_attn.q_proj.weight"].shape == (64, 128), "embedding and state side by side"
+    assert (tensors["d2t"] + torch.arange(len(KEPT_WORDS))).tolist() == KEPT_WORDS
+
+
+def test_an_eagle3_draft_of_others(tmp_path: Path, refused: Callable[..., str]) -> None:
+    source, words = write_llama_eagle3(tmp_path / "a"), (f"path={tmp_path / 'a'}", f"output_dir={tmp_path / 'b'}")
+    assert "import it with target=" in refused("import", *words)
+    assert "a target of 6 layers has no usual ones" in refused("import", *words, f"target={TARGET}")
+    change_config(source, eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 2, 4]})
+    change_tensors(source, t2d=None)
+    import_back(source, tmp_path / "b", f"target={TARGET}")
+    draft, original = deepspec.load_draft(tmp_path / "b"), load_file(source / "model.safetensors")
+    ours = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in original.items()}
+    assert all(torch.equal(draft.state_dict()[name], tensor) for name, tensor in ours.items())
+    assert draft.state_dict()["t2d"].nonzero().flatten().tolist() == KEPT_WORDS
+    assert (draft.target_layer_ids, draft.draft_length, draft.config.num_target_layers) == ((1, 2, 4), 7, 6)
+    assert draft.config.rope_parameters == {"rope_theta": 1000000, "rope_type": "default"}
+
+
+def test_the_mapping_of_a_whole_vocabulary_is_left_out(tmp_path: Path, refused: Callable[..., str]) -> None:
+    export(write_draft("llama_eagle3", tmp_path / "source"), "eagle3", tmp_path / "a")
+    mapping = {"d2t": torch.zeros(512, dtype=torch.int64), "t2d": torch.ones(512, dtype=torch.bool)}
+    import_back(change_tensors(tmp_path / "a", **mapping), tmp_path / "b", f"target={TARGET}")
+    assert bytes_of(tmp_path / "b") == bytes_of(tmp_path / "source")
+    mapping["d2t"][3] = 1
+    change_tensors(tmp_path / "a", **mapping)
+    assert "does not know: d2t" in refused("import", f"path={tmp_path / 'a'}", f"output_dir={tmp_path / 'c'}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers"),
+    [
+        ({"num_target_layers": 36}, [1, 17, 32]),
+        ({"eagle_aux_hidden_state_layer_ids": [3, 19, 34]}, [2, 18, 33]),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [18, 2, 33]}}, [2, 18, 33]),
+    ],
+)
+def test_which_layers_an_eagle3_draft_of_others_reads(
+    fields: dict[str, Any], layers: list[int], tmp_path: Path
+) -> None:
+    theirs = read_config(write_llama_eagle3(tmp_path / "a")) | fields
+    assert FORMATS["eagle3"].from_config(theirs)["target_layer_ids"] == layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"norm_before_residual": True}, "norm_before_residual=true: DeepSpec has no Eagle3 with that"),
+        ({"eagle_config": {"norm_before_fc": True}}, "norm_before_fc=true"),
+        ({"fc_norm": True, "norm_output": True}, "fc_norm, norm_output=true"),
+        ({"attention_bias": True}, "attention_bias=true"),
+        ({"mlp_bias": True}, "mlp_bias=true"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state=false"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers=2: DeepSpec has Eagle3 of one layer"),
+        ({"layer_types": ["sliding_attention"]}, "DeepSpec has no Eagle3 with a window"),
+        ({"rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]}}, "DeepSpec has no such RoPE"),
+        ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "no RoPE of a part of each head"),
+        ({"target_hidden_size": 128}, "target_hidden_size=128"),
+        ({"model_type": "llama4_text"}, "model_type=llama4_text"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings=true"),
+        (
+            {
+                "eagle_aux_hidden_state_layer_ids": [1, 2, 4],
+                "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 4]},
+            },
+            "are not the same layers",
+        ),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2, 4, 5]}, "fc.weight is [64, 192], expected [64, 256]"),
+    ],
+)
+def test_eagle3_drafts_that_are_not_ours(
+    changes: dict[str, Any], expected: str, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    source = change_config(write_llama_eagle3(tmp_path / "a"), **changes)
+    message = refused("import", f"path={source}", f"output_dir={tmp_path / 'b'}", f"target={TARGET}")
+    assert expected in message
+    assert str(source) in message
 
 
 def test_fields_nested_as_published_drafts_for_sglang_nest_them(tmp_path: Path) -> None:
@@ -368,6 +461,8 @@ def test_truncated_files_are_found_from_their_header(tmp_path: Path, refused: Ca
 
 def test_every_format_is_found_by_itself(tmp_path: Path) -> None:
     source = write_draft("fill_in", tmp_path / "a")
+    export(write_draft("llama_eagle3", tmp_path / "b"), "eagle3", tmp_path / "eagle3")
+    assert find_format(read_folder(tmp_path / "eagle3")).name == "eagle3"
     for name in ("deepspec", "speculators", "zlab", "transformers"):
         export(source, name, tmp_path / name)
         assert find_format(read_folder(tmp_path / name)).name == name

@@ -44,6 +44,7 @@ def settings_of(text: str) -> dict[str, Any]:
         ("fill_in", "zlab", "dflash", 7),
         ("fill_in", "transformers", "dflash", 7),
         ("eagle3", "speculators", "eagle3", 7),
+        ("pruned_llama_eagle3", "eagle3", "eagle3", 7),
         ("pruned", "deepspec", "dspark", 7),
     ],
 )
@@ -75,6 +76,11 @@ def test_sglang(tmp_path: Path) -> None:
     words = words_of(section("fill_in", "zlab", tmp_path / "b"), "sglang.launch_server")
     assert words[words.index("--speculative-algorithm") + 1] == "DFLASH"
     assert words[words.index("--speculative-dflash-block-size") + 1] == "8", "slots, the anchor's among them"
+    text = section("llama_eagle3", "eagle3", tmp_path / "c", has_calibration=True)
+    words = words_of(text, "sglang.launch_server")
+    flags = ("algorithm", "num-steps", "eagle-topk", "num-draft-tokens")
+    assert [words[words.index(f"--speculative-{flag}") + 1] for flag in flags] == ["EAGLE3", "7", "1", "8"]
+    assert "most probable tokens" in text
 
 
 def test_transformers_code_is_code(tmp_path: Path) -> None:
@@ -103,7 +109,15 @@ def test_transformers_code_is_code(tmp_path: Path) -> None:
             "deepspec",
             ["- vLLM cannot, because it has no Qwen3Eagle3Model: export it with format=speculators."],
         ),
-        ("eagle3", "speculators", ["- SGLang cannot, because it has Eagle3 with Llama layers only"]),
+        (
+            "llama_eagle3",
+            "deepspec",
+            [
+                "- vLLM cannot, because it has no LlamaEagle3Model: export it with format=eagle3 or speculators.",
+                "- SGLang cannot, because it has no LlamaEagle3Model: export it with format=eagle3.",
+            ],
+        ),
+        ("eagle3", "speculators", ["- SGLang cannot, because it has no query and key norms in an Eagle3"]),
         ("dflash", "deepspec", ["- vLLM cannot, because it has DFlash only in", "- SGLang cannot, because it refuses"]),
         ("fill_in", "speculators", ["- SGLang cannot, because it does not read the speculators format"]),
         ("pruned", "deepspec", ["- SGLang cannot, because it drafts with the target's whole head"]),

@@ -18,6 +18,7 @@ from deepspec.training import train
 NO_HEADS: dict[str, Any] = {"markov_rank": 0, "confidence_head": False}
 FILL_IN = NO_HEADS | {"algorithm": "dflash", "sample_from_anchor": False}
 EAGLE3 = NO_HEADS | {"algorithm": "eagle3", "architecture": "Qwen3Eagle3Model", "ttt_length": 3}
+LLAMA_EAGLE3 = EAGLE3 | {"architecture": "LlamaEagle3Model", "target_layer_ids": [0, 1, 2]}
 # Draft, format, and the engine that would serve it.
 WAYS = {
     "dspark for vllm": ({}, "speculators", "vllm"),
@@ -26,6 +27,8 @@ WAYS = {
     "dflash": (FILL_IN, "zlab", "vllm"),
     "dflash for transformers": (FILL_IN, "transformers", "transformers"),
     "eagle3": (EAGLE3, "speculators", "vllm"),
+    "eagle3 of llama shape": (LLAMA_EAGLE3, "eagle3", "sglang"),
+    "eagle3 of llama shape and few words": (LLAMA_EAGLE3 | {"vocab_size": 60}, "eagle3", "vllm"),
 }
 
 

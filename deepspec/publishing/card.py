@@ -14,6 +14,7 @@ from deepspec.evaluation.markdown import markdown_table
 from deepspec.evaluation.statistics import Estimate
 from deepspec.evaluation.summary import show_estimate, show_number
 from deepspec.publishing.formats import Format
+from deepspec.publishing.formats.base import EMBEDDING_AND_HEAD
 from deepspec.publishing.results import Evaluation
 from deepspec.publishing.serving import serving_section, usage_section
 from deepspec.publishing.source import DraftSource
@@ -170,9 +171,14 @@ def _architecture(source: DraftSource, settings: DraftSettings, its_format: Form
             ("Context window", f"{settings.context_window} tokens" if settings.context_window else "whole context"),
             ("Mask token id", str(settings.mask_token_id)),
         ]
-    stored = "left out here" if its_format.left_out else "stored so that the draft loads by itself"
-    note = f"The embedding and the output head are the target's own, frozen, and {stored}."
+    note = f"The embedding and the output head are the target's own, frozen, and {_stored(its_format)}."
     return f"## Architecture\n\n{markdown_table(('', ''), facts)}\n\n{note}"
+
+
+def _stored(its_format: Format) -> str:
+    if not its_format.left_out:
+        return "stored so that the draft loads by itself"
+    return "left out here" if its_format.left_out == EMBEDDING_AND_HEAD else "the embedding is left out here"
 
 
 def _training(source: DraftSource) -> str:

@@ -29,7 +29,7 @@ from deepspec.publishing.reading import read_folder
 from deepspec.publishing.tables import read_tables, write_tables
 from deepspec.publishing.weights import TORCH_DTYPES, AnyTensor, HeldTensor, write_tensors
 from deepspec.publishing.whole_folder import written_whole
-from deepspec.targets import BUILTIN_WEIGHTS, load_target_head
+from deepspec.targets import BUILTIN_WEIGHTS, load_target_config, load_target_head
 
 BUILTIN = "builtin"
 
@@ -48,7 +48,7 @@ class ExportOptions:
     """Write a draft in the layout that an engine reads."""
 
     checkpoint: str = "???"  # training run (its newest checkpoint), checkpoint or draft folder, of any format
-    format: str = "???"  # deepspec, speculators, zlab, sglang or transformers
+    format: str = "???"  # deepspec, speculators, zlab, sglang, eagle3 or transformers
     output_dir: str = "???"  # new or empty
     target: str | None = None  # folder or Hub id of the target; null = as the draft records it
     target_revision: str | None = None  # Hub branch, tag or commit
@@ -94,8 +94,8 @@ def export_draft(options: ExportOptions) -> Path:
 def import_draft(options: ImportOptions) -> Path:
     """Returns the written folder. Raises: see `export_draft`."""
     path = Path(options.path).expanduser()
-    draft = open_draft(path if path.exists() else find_draft_folder(options.path, key="path"))
     target = TargetChoice(options.target, options.target_revision, options.target_gguf_file)
+    draft = open_draft(path if path.exists() else find_draft_folder(options.path, key="path"), _known_of(target))
     return _convert(draft, FORMATS["deepspec"], Path(options.output_dir), target)
 
 
@@ -107,8 +107,18 @@ def _convert(draft: OpenedDraft, chosen: Format, output: Path, target: TargetCho
     return output
 
 
-def open_draft(path: Path) -> OpenedDraft:
+def _known_of(target: TargetChoice) -> Config:
+    if target.path is None:
+        return {}
+    config = load_target_config(target.path, target.revision, target.gguf_file)
+    return {"num_target_layers": config.num_hidden_layers}
+
+
+def open_draft(path: Path, known: Config | None = None) -> OpenedDraft:
     """Read a draft folder of any format.
+
+    Args:
+        known: fields of the config where the folder's own has none.
 
     Raises:
         FileNotFoundError, PublishError: see `read_folder`, `find_format`, `Format.from_config`; or tensors do not fit.
@@ -116,11 +126,12 @@ def open_draft(path: Path) -> OpenedDraft:
     folder = read_folder(path)
     its_format = find_format(folder)
     try:
-        config = its_format.from_config(folder.config)
+        config = its_format.from_config((known or {}) | folder.config)
         kind = _kind_of(config)
         expected = expected_shapes(config, kind)
         ours = {theirs: name for name, theirs in its_format.renamed.items()}
         tensors = {ours.get(name, name): tensor for name, tensor in folder.tensors.items()}
+        tensors = _with_vocabulary(kind, tensors)
         if problems := tensor_problems(tensors, expected, its_format.optional):
             raise DamagedDraftError("; ".join(problems))
         if kind.is_pruned:
@@ -137,6 +148,21 @@ def _kind_of(config: Config) -> DraftKind:
         return DraftKind.of_fields(config)
     except ConfigError as error:
         raise DamagedDraftError(f"config.json: {error}") from error
+
+
+def _with_vocabulary(kind: DraftKind, tensors: dict[str, AnyTensor]) -> dict[str, AnyTensor]:
+    """Some store the mapping of a whole vocabulary too, and some no `t2d`, which follows from `d2t`."""
+    stored = tensors.get(DRAFT_TO_TARGET)
+    if stored is None or stored.dtype != "I64":
+        return tensors
+    offsets = stored.load()
+    if not kind.is_pruned and not offsets.any():
+        return {name: t for name, t in tensors.items() if name not in (DRAFT_TO_TARGET, TARGET_TO_DRAFT)}
+    if kind.is_pruned and TARGET_TO_DRAFT not in tensors:
+        words = (offsets + torch.arange(len(offsets))).clamp(0, kind.vocab_size - 1)
+        kept = torch.zeros(kind.vocab_size, dtype=torch.bool).index_fill_(0, words, True)
+        return tensors | {TARGET_TO_DRAFT: HeldTensor(kept)}
+    return tensors
 
 
 def _check_vocabulary(kind: DraftKind, tensors: Mapping[str, AnyTensor]) -> None:
@@ -169,8 +195,8 @@ def write_draft(
     if limits := chosen.limits(draft.kind):
         raise PublishError(f"format={chosen.name} {'; and it '.join(limits)}")
     config, tensors = draft.config, dict(draft.tensors)
-    missing = EMBEDDING_AND_HEAD - tensors.keys()
-    if missing and (chosen.stores_embedding or draft.kind.is_pruned):
+    needed = EMBEDDING_AND_HEAD if draft.kind.is_pruned else chosen.needed
+    if missing := needed - chosen.left_out - tensors.keys():
         config, taken = _from_target(draft, missing, target)
         tensors = taken | tensors
     verifier = _verifier(draft, target) if chosen.names_verifier else None

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deepspec.drafts.configuration import GEMMA4
-from deepspec.drafts.engines import LLAMA, DraftKind
+from deepspec.drafts.engines import DraftKind
+from deepspec.drafts.families import FAMILIES
 from deepspec.publishing.errors import WRONG_FIELDS, DamagedDraftError, wrong_field
 from deepspec.publishing.weights import AnyTensor
 from deepspec.text import some
@@ -63,7 +64,7 @@ def _layer_shapes(config: Mapping[str, Any], kind: DraftKind, layer: int) -> Ite
     if not (kind.architecture == GEMMA4 and kind.shares_keys_and_values):
         yield f"{prefix}.self_attn.v_proj.weight", (kv_heads * head_dim, inputs)
     yield f"{prefix}.self_attn.o_proj.weight", (hidden, heads * head_dim)
-    if kind.architecture != LLAMA:
+    if FAMILIES[config["model_type"]].query_key_norm:
         yield f"{prefix}.self_attn.q_norm.weight", (head_dim,)
         yield f"{prefix}.self_attn.k_norm.weight", (head_dim,)
     yield f"{prefix}.mlp.gate_proj.weight", (width, hidden)

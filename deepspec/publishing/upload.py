@@ -25,7 +25,7 @@ class PushOptions:
 
     checkpoint: str = "???"  # training run (its newest checkpoint), checkpoint or draft folder
     repo_id: str = "???"  # name on the Hub: user/name, or organization/name
-    format: str = "deepspec"  # of config and weights: deepspec, speculators, zlab, sglang or transformers
+    format: str = "deepspec"  # of config and weights: deepspec, speculators, zlab, sglang, eagle3 or transformers
     target: str | None = None  # Hub id that format=speculators names as the verifier; null = as the draft records it
     evaluation: str | None = None  # output_dir of eval.py for this draft; null = the card says "not evaluated"
     plot: str | None = None  # PNG shown in the card; null = tau.png of the evaluation, if any

@@ -34,6 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dflash": {"algorithm": "dflash", "sample_from_anchor": False} | HEADLESS,
     "eagle3": EAGLE3,
     "eagle3_pruned": EAGLE3 | {"kept_tokens": EVERY_FIFTH},
+    "eagle3_llama": EAGLE3 | {"architecture": "LlamaEagle3Model"},
 }
 LENGTH, ANCHORS, STEPS = 64, [1, 7, 20, 45], 7
 LAYERS = [1, 3, 4]

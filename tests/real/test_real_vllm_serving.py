@@ -37,7 +37,7 @@ def builtin() -> Target:
 def theirs(folder: Path, target: Path, draft: Path, prompts: list[list[int]], **sampling: Any) -> dict[str, Any]:
     """What vLLM says and accepts with the draft."""
     loaded, served = load_draft(draft), draft
-    if loaded.algorithm == "eagle3":  # vLLM has it in the layout of speculators alone
+    if loaded.algorithm == "eagle3":  # vLLM has Qwen3's shape in the layout of speculators alone
         served = folder / "speculators"
         words = [f"checkpoint={draft}", "format=speculators", f"output_dir={served}", f"target={target}"]
         run(HERE, "-m", "deepspec.publishing", "export", *words)

@@ -18,6 +18,7 @@ from deepspec.drafts.shapes import KEPT_ROPE_TYPES
 from deepspec.publishing.convert import BUILTIN, OpenedDraft
 from deepspec.publishing.formats import DraftFolder, Format
 from deepspec.publishing.formats.base import SLIDING
+from deepspec.publishing.formats.eagle3 import COUNT, DEFAULT_COUNT, LAYERS, SECTION
 
 FIND_BUILTIN = "python -c 'from deepspec.targets import BUILTIN_WEIGHTS; print(BUILTIN_WEIGHTS)'"
 
@@ -151,6 +152,14 @@ def check_rope(config: Mapping[str, Any]) -> Iterator[Finding]:
 def check_embedding(draft: OpenedDraft) -> Iterator[Finding]:
     stored = [name for name in ("embed_tokens.weight", "lm_head.weight") if name in draft.tensors]
     yield fine(f"stored: {', '.join(stored)}" if stored else "embedding and head are taken from the target")
+
+
+def check_count(config: Mapping[str, Any], draft: OpenedDraft) -> Iterator[Finding]:
+    """How many captured layers engines take an Eagle3 of Llama shape for."""
+    named = (config.get(SECTION) or {}).get(LAYERS)
+    count, captured = config.get(COUNT) or len(named or ()) or DEFAULT_COUNT, len(draft.kind.target_layer_ids)
+    if count != captured:
+        yield fails(f"takes it for a draft of {count} captured layers and it has {captured}; write {COUNT} {captured}")
 
 
 def check_window(draft: OpenedDraft) -> Iterator[Finding]:

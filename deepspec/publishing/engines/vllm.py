@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deepspec.drafts.configuration import QWEN3
+from deepspec.drafts.eagle3_configuration import LLAMA_EAGLE3
 from deepspec.drafts.engines import DraftKind
 from deepspec.drafts.loading import SEPARATE_MASK
 from deepspec.publishing.convert import OpenedDraft
@@ -16,6 +17,7 @@ from deepspec.publishing.engines.base import (
     Finding,
     Serving,
     care,
+    check_count,
     check_embedding,
     check_layer_ids,
     check_rope,
@@ -24,7 +26,7 @@ from deepspec.publishing.engines.base import (
     fine,
     slides,
 )
-from deepspec.publishing.formats import DraftFolder, Format
+from deepspec.publishing.formats import DraftFolder, Format, eagle3
 
 # Architectures of drafts that it has and DeepSpec does not, with the method that they run under.
 OTHER_DRAFTS = {
@@ -51,11 +53,12 @@ EAGLE3_LAYERS = ("qwen3", "llama")
 
 class VLLM(Engine):
     name, title, version = "vllm", "vLLM", "0.32"
-    formats = ("speculators", "deepspec", "sglang", "zlab", "transformers")
+    formats = ("speculators", "deepspec", "sglang", "zlab", "transformers", "eagle3")
 
     def unread(self, kind: DraftKind, its_format: Format) -> str | None:
-        if kind.algorithm == "eagle3" and its_format.name != "speculators":
-            return "has no Qwen3Eagle3Model: export it with format=speculators"
+        if kind.algorithm == "eagle3" and its_format.name not in ("speculators", "eagle3"):
+            chosen = "eagle3 or speculators" if kind.architecture == LLAMA_EAGLE3 else "speculators"
+            return f"has no {kind.architecture}: export it with format={chosen}"
         return super().unread(kind, its_format)
 
     def no_target(self, serving: Serving) -> str | None:
@@ -78,7 +81,9 @@ class VLLM(Engine):
             yield care(f"num_speculative_tokens must be given: up to {kind.draft_length}")
         if draft.format.name == "speculators":
             yield from check_speculators_section(folder.config)
-        if kind.algorithm != "eagle3":
+        if kind.algorithm == "eagle3":
+            yield from check_eagle3(draft)
+        else:
             yield from check_causal(folder.config, kind)
         yield from check_layer_ids(draft, lowest=-1)
         yield from check_rope(draft.config)
@@ -165,6 +170,21 @@ def check_speculators_section(config: Mapping[str, Any]) -> Iterator[Finding]:
         yield fails(f"has Eagle3 with layers of {' and '.join(EAGLE3_LAYERS)} only, not {section['model_type']}")
     if kind == "eagle3" and "norm_before_residual" not in config:
         yield fails("norm_before_residual is missing and taken for true; write it into config.json")
+
+
+def check_eagle3(draft: OpenedDraft) -> Iterator[Finding]:
+    """What it captures for an Eagle3, and how many layers it takes that for."""
+    config, layers = draft.folder.config, list(draft.kind.target_layer_ids)
+    if draft.kind.architecture == LLAMA_EAGLE3:
+        yield from check_count(config.get("transformer_layer_config") or config, draft)
+    if config.get(eagle3.LAYERS):
+        return
+    counted = (config.get(eagle3.SECTION) or {}).get(eagle3.LAYERS)
+    if counted or layers != eagle3.default_layers(draft.config.get("num_target_layers") or 0):
+        yield fails(
+            f"would capture other layers: it reads {eagle3.LAYERS} at the top level, counted from the embedding, which "
+            f"is missing; write {[layer + 1 for layer in layers]} there"
+        )
 
 
 def check_causal(config: Mapping[str, Any], kind: DraftKind) -> Iterator[Finding]:

@@ -6,13 +6,22 @@ from deepspec.config import ConfigError, near_match
 from deepspec.publishing.errors import WRONG_FIELDS, DamagedDraftError, PublishError, wrong_field
 from deepspec.publishing.formats.assistant import AssistantFormat
 from deepspec.publishing.formats.base import DraftFolder, Format, Verifier
+from deepspec.publishing.formats.eagle3 import Eagle3Format
 from deepspec.publishing.formats.own import DeepSpecFormat
 from deepspec.publishing.formats.sglang import SGLangFormat
 from deepspec.publishing.formats.speculators import SpeculatorsFormat
 from deepspec.publishing.formats.zlab import ZLabFormat
 
 FORMATS: dict[str, Format] = {
-    each.name: each for each in (SpeculatorsFormat(), AssistantFormat(), ZLabFormat(), SGLangFormat(), DeepSpecFormat())
+    each.name: each
+    for each in (
+        SpeculatorsFormat(),
+        AssistantFormat(),
+        ZLabFormat(),
+        SGLangFormat(),
+        Eagle3Format(),
+        DeepSpecFormat(),
+    )
 }
 
 __all__ = ["FORMATS", "DraftFolder", "Format", "Verifier", "find_format", "format_named"]
@@ -45,7 +54,7 @@ def _what_else(folder: DraftFolder) -> str:
     if any("eagle3" in name.lower() for name in folder.architectures):
         return (
             f"an EAGLE-3 draft with layers of another family ({names}); vLLM and SGLang load it as it is, DeepSpec has "
-            "Eagle3 with Qwen3 layers only"
+            "Eagle3 with Qwen3 or Llama layers only"
         )
     if any(name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) for name in folder.architectures):
         return f"a language model ({names}), no draft; give the folder of a draft, and this one as target="

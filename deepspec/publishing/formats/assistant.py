@@ -35,7 +35,7 @@ class AssistantFormat(Format):
         "fc.weight": "encoder.fc.weight",
         "hidden_norm.weight": "encoder.output_norm_enc.weight",
     }
-    stores_embedding = False
+    needed = frozenset()
 
     def recognises(self, folder: DraftFolder) -> bool:
         return folder.config.get("model_type") == MODEL_TYPE or ARCHITECTURE in folder.architectures

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import Qwen3Config
 
 from deepspec.drafts.configuration import DFLASH, FULL, GEMMA4, SLIDING
 from deepspec.drafts.engines import LLAMA, DraftKind
+from deepspec.drafts.families import FAMILIES
 from deepspec.publishing.errors import PublishError
 from deepspec.publishing.layout import EMBEDDING, HEAD
 from deepspec.publishing.tables import OUR_TABLES, Tables
@@ -63,7 +63,8 @@ class Format(ABC):
     # Our name of a tensor -> its name.
     renamed: ClassVar[Mapping[str, str]] = {}
     tables: ClassVar[Tables] = OUR_TABLES
-    stores_embedding: ClassVar[bool] = True
+    # Of embedding and head, those that it must hold; others are kept if they are there.
+    needed: ClassVar[frozenset[str]] = EMBEDDING_AND_HEAD
     names_verifier: ClassVar[bool] = False
 
     @abstractmethod
@@ -108,22 +109,26 @@ def qwen3_limits(kind: DraftKind) -> list[str]:
 
 
 OTHERS = (GEMMA4, LLAMA)
+SHAPES = {"qwen3": "Qwen3", "llama": "Llama"}
 
 
-def complete(config: Mapping[str, Any], what: str) -> Config:
-    """All fields of a Qwen3-shaped draft's config, with the defaults of those that are not written, old names renewed.
+def complete(config: Mapping[str, Any], what: str, model_type: str = "qwen3") -> Config:
+    """All fields of a draft's config, with the defaults of those that are not written, old names renewed.
+
+    Args:
+        model_type: of its layers, a key of `FAMILIES`.
 
     Raises:
         PublishError: a value that cannot be.
     """
     given = {name: value for name, value in config.items() if name not in NOT_KEPT}
     try:
-        fields = Qwen3Config(**given).to_diff_dict()
+        fields = FAMILIES[model_type].config_class(**given).to_diff_dict()
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
-        raise PublishError(f"{what}: not the config of Qwen3-shaped layers ({reason})") from error
+        raise PublishError(f"{what}: not the config of {SHAPES[model_type]}-shaped layers ({reason})") from error
     kept = {name: value for name, value in fields.items() if name not in NOT_KEPT}
-    return kept | {"model_type": "qwen3", "tie_word_embeddings": False}
+    return kept | {"model_type": model_type, "tie_word_embeddings": False}
 
 
 def refuse_causal(config: Mapping[str, Any], *, is_causal: bool | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from deepspec.drafts.configuration import QWEN3
+from deepspec.drafts.eagle3_configuration import EAGLE3
 from deepspec.drafts.engines import DraftKind, sglang_limits
 from deepspec.publishing.errors import PublishError
 from deepspec.publishing.formats.base import (
@@ -40,6 +41,8 @@ class SGLangFormat(Format):
         return SGLANG_TABLES.any_in(folder.path) or (is_dspark and is_nested)
 
     def limits(self, kind: DraftKind) -> list[str]:
+        if kind.algorithm == EAGLE3:
+            return ["holds DSpark and DFlash; SGLang reads Eagle3 of Llama shape with format=eagle3"]
         return [f"is for SGLang, which {limit}" for limit in sglang_limits(kind)]
 
     def to_config(self, config: Config, verifier: Verifier | None) -> Config:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import LlamaConfig, Qwen3Config
+from transformers import LlamaConfig
 
 from deepspec.drafts.configuration import QWEN3
-from deepspec.drafts.eagle3_configuration import QWEN3_EAGLE3
+from deepspec.drafts.eagle3_configuration import EAGLE3_ARCHITECTURES
 from deepspec.drafts.engines import DraftKind, speculators_limits
+from deepspec.drafts.families import FAMILIES
 from deepspec.publishing.errors import PublishError
 from deepspec.publishing.formats.base import (
     NOT_KEPT,
-    SLIDING,
     Config,
     DraftFolder,
     Format,
@@ -24,6 +24,7 @@ from deepspec.publishing.formats.base import (
     refuse_causal,
     with_window,
 )
+from deepspec.publishing.formats.eagle3 import COUNT, LAYERS, SWITCHES, our_eagle3, refuse_other_eagle3
 
 VERSION = "0.9.0"
 ARCHITECTURES = {"dspark": "DSparkSpeculator", "dflash": "DFlashSpeculator", "eagle3": "Eagle3Speculator"}
@@ -43,8 +44,12 @@ DSPARK_DEFAULTS: Config = {
     "enable_confidence_head": True,
     "confidence_head_with_markov": True,
 }
-EAGLE3_SWITCHES = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
-LAYER_FIELDS = frozenset(Qwen3Config().to_diff_dict()) - set(NOT_KEPT) | {"is_causal", "dtype"}
+# By model_type.
+LAYER_FIELDS = {
+    name: frozenset(FAMILIES[name].config_class().to_diff_dict()) - set(NOT_KEPT)
+    | {"is_causal", "dtype", "head_dim", "layer_types"}
+    for name in EAGLE3_ARCHITECTURES
+}
 KEPT = "deepspec"  # its readers ignore it: what of our config it has no field for
 
 
@@ -54,7 +59,7 @@ class SpeculatorsFormat(Format):
     name = "speculators"
     description = "the speculators package's: DSparkSpeculator, DFlashSpeculator, Eagle3Speculator"
     names_verifier = True
-    stores_embedding = False
+    needed = frozenset()
 
     def recognises(self, folder: DraftFolder) -> bool:
         return "speculators_model_type" in folder.config or "speculators_config" in folder.config
@@ -114,8 +119,11 @@ class SpeculatorsFormat(Format):
 
 
 def _layer_section(config: Config) -> Config:
-    section = {name: value for name, value in config.items() if name in LAYER_FIELDS}
-    return section | {"model_type": "qwen3"}
+    model_type = config["model_type"]
+    section = {name: value for name, value in config.items() if name in LAYER_FIELDS[model_type]}
+    if model_type == "llama":  # where vLLM looks for it, or takes it for 3
+        section[COUNT] = len(config["target_layer_ids"])
+    return section | {"model_type": model_type}
 
 
 def _block_fields(config: Config, kind: DraftKind) -> Config:
@@ -138,8 +146,8 @@ def _block_fields(config: Config, kind: DraftKind) -> Config:
 
 def _eagle3_fields(kind: DraftKind) -> Config:
     return {
-        "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in kind.target_layer_ids],
-        **dict.fromkeys(EAGLE3_SWITCHES, False),
+        LAYERS: [layer + 1 for layer in kind.target_layer_ids],
+        **dict.fromkeys(SWITCHES, False),
         "embed_requires_grad": False,
     }
 
@@ -173,27 +181,20 @@ def _our_block(config: Config, kind: str, section: Mapping[str, Any]) -> Config:
 
 
 def _our_eagle3(config: Config, section: Mapping[str, Any]) -> Config:
-    if section.get("model_type", "llama") != "qwen3":
+    model_type = section.get("model_type")  # its readers differ in what they take for one that is not written
+    if model_type not in EAGLE3_ARCHITECTURES:
         raise PublishError(
-            f"transformer_layer_config.model_type={section.get('model_type')}: DeepSpec has Eagle3 with Qwen3 layers"
+            f"transformer_layer_config.model_type={model_type}: DeepSpec has Eagle3 with layers of "
+            f"{' and '.join(EAGLE3_ARCHITECTURES)}"
         )
-    if switched := [name for name in EAGLE3_SWITCHES if config.get(name)]:
-        raise PublishError(f"{', '.join(switched)}=true: DeepSpec has no Eagle3 with that")
-    layers = config.get("eagle_aux_hidden_state_layer_ids")
+    layers = config.get(LAYERS)
     methods = (config.get("speculators_config") or {}).get("proposal_methods")
     if not layers or not methods:
-        raise PublishError(
-            "config.json: eagle_aux_hidden_state_layer_ids or speculators_config.proposal_methods missing"
-        )
-    fields = complete(section, "transformer_layer_config")
-    if SLIDING in fields["layer_types"]:
-        raise PublishError(f"layer_types={fields['layer_types']}: DeepSpec has no Eagle3 with a window")
-    return fields | {
-        "architectures": [QWEN3_EAGLE3],
-        "target_layer_ids": [layer - 1 for layer in layers],
-        "ttt_length": methods[0]["speculative_tokens"],
-        "draft_num_hidden_layers": fields["num_hidden_layers"],
-    }
+        raise PublishError(f"config.json: {LAYERS} or speculators_config.proposal_methods missing")
+    given = {name: value for name, value in section.items() if name != COUNT}
+    fields = complete(given, "transformer_layer_config", model_type) | {"ttt_length": methods[0]["speculative_tokens"]}
+    refuse_other_eagle3(fields, config)
+    return fields | our_eagle3(EAGLE3_ARCHITECTURES[model_type], [layer - 1 for layer in layers])
 
 
 def _qwen3_section(section: Mapping[str, Any]) -> Config:
@@ -205,4 +206,4 @@ def _qwen3_section(section: Mapping[str, Any]) -> Config:
             f"transformer_layer_config.model_type={section['model_type']}: DeepSpec reads those of qwen3 and llama"
         )
     llama = LlamaConfig(**{name: value for name, value in section.items() if name not in NOT_KEPT}).to_diff_dict()
-    return {name: value for name, value in llama.items() if name in LAYER_FIELDS}
+    return {name: value for name, value in llama.items() if name in LAYER_FIELDS["qwen3"]}

@@ -27,7 +27,7 @@ class ZLabFormat(Format):
     name = "zlab"
     description = "z-lab's DFlash drafts: DFlashDraftModel, without embedding and head"
     left_out = EMBEDDING_AND_HEAD
-    stores_embedding = False
+    needed = frozenset()
 
     def recognises(self, folder: DraftFolder) -> bool:
         return DFLASH in folder.architectures and EMBEDDING not in folder.tensors
