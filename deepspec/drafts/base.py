@@ -45,6 +45,7 @@ class DraftModel(DraftVocabulary, PreTrainedModel):
     """
 
     base_model_prefix = ""
+    norms_context = True  # a norm behind `fc`
     soft_labels = False  # whether its cross-entropy is that of the target's distribution, not of the true tokens
     layer_class: Callable[..., nn.Module]  # (config, family)
 
@@ -56,6 +57,8 @@ class DraftModel(DraftVocabulary, PreTrainedModel):
         captured = len(self.settings.target_layer_ids)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.fc = nn.Linear(captured * config.hidden_size, config.hidden_size, bias=False)
+        if self.norms_context:
+            self.hidden_norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList(self.layer_class(config, family) for _ in range(config.num_hidden_layers))
         self.norm = family.norm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, self.settings.draft_vocab_size or config.vocab_size, bias=False)

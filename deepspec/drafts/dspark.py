@@ -26,7 +26,6 @@ from deepspec.config import ConfigError
 from deepspec.drafts.backbone import DraftLayer, KeyValue, SandwichDraftLayer
 from deepspec.drafts.base import DraftModel, TargetWeights
 from deepspec.drafts.confidence import build_confidence_head
-from deepspec.drafts.families import family_of
 from deepspec.drafts.heads import build_markov_head
 from deepspec.kernels.attention import ContextSpans
 from deepspec.text import some
@@ -40,7 +39,6 @@ class DSparkModel(DraftModel):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
-        self.hidden_norm = family_of(config).norm(config.hidden_size, eps=config.rms_norm_eps)
         self.markov_head = build_markov_head(config)
         self.confidence_head = build_confidence_head(config)
         self._freeze_target_weights()

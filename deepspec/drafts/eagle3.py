@@ -88,6 +88,7 @@ class Eagle3Model(DraftModel):
     """One layer over embedding and state, and the target's frozen embedding and head."""
 
     _no_split_modules = ["Eagle3Layer"]  # noqa: RUF012  (Transformers declares no ClassVar)
+    norms_context = False
     soft_labels = True
     layer_class = Eagle3Layer
 
