@@ -197,7 +197,7 @@ def test_what_engines_cannot_do_is_said_before_training(training_world, tmp_path
     train(tiny_run(training_world, tmp_path / "run", steps=1))
     assert "engines cannot serve" not in caplog.text
     train(tiny_run(training_world, tmp_path / "rnn", steps=1, draft={"markov_head_type": "rnn"}))
-    assert "engines cannot serve this draft as it is trained: vLLM has only the vanilla" in caplog.text
+    assert "engines cannot serve this draft as it is trained: vLLM: has only the vanilla" in caplog.text
 
 
 def test_a_start_from_other_layers_fails_before_training(training_world, tmp_path):
