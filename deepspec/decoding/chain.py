@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from deepspec.decoding.cache import KeyValueStore
-from deepspec.decoding.proposers import Proposal, check_fits
+from deepspec.decoding.proposers import DraftProposer, Proposal
 from deepspec.decoding.sampling import SamplingSettings, draw
 from deepspec.decoding.span import Span
 from deepspec.drafts import Eagle3Model
-from deepspec.drafts.families import head_dim_of
-from deepspec.kernels.rms_norm import fuse_norms
-from deepspec.targets import Target
-from deepspec.targets.layers import KeyValueShape
 
 LAYER = 0
 
 
-class Eagle3Proposer:
+class Eagle3Proposer(DraftProposer[Eagle3Model]):
     """Keeps, by position, the states that `fc` makes of the target's, and keys and values of each token with the state
     before it.
 
@@ -28,40 +21,14 @@ class Eagle3Proposer:
     drafted token is rejected. The anchor, which nobody has observed yet, is the first step of the chain.
     """
 
-    has_confidences = False
-
-    def __init__(self, draft: Eagle3Model, target: Target, *, allow_other_target: bool = False):
-        """
-        Args:
-            allow_other_target: one of other weights but the same shape will do.
-
-        Raises:
-            ConfigError: the draft was not made for this target.
-        """
-        check_fits(draft, target, allow_other_target=allow_other_target)
-        self.draft = draft.eval()
-        if draft.fc.weight.is_cuda:
-            fuse_norms(draft)
-        self.block_size = draft.draft_length
-        self.layer_ids: Sequence[int] = draft.target_layer_ids
-        heads = (draft.config.num_key_value_heads, head_dim_of(draft.config))
-        self._key_values = KeyValueShape(heads, heads, draft.fc.weight.dtype)
-        self._store: KeyValueStore | None = None
-        self._states = torch.empty(0)  # [slots, columns, hidden]; zero, thus finite, until written
-
     def bytes_per_slot(self, columns: int) -> int:
         state = self.draft.config.hidden_size * self.draft.fc.weight.dtype.itemsize
-        return columns * (self._key_values.bytes + state)
+        return super().bytes_per_slot(columns) + columns * state
 
     def allocate(self, slots: int, columns: int) -> None:
-        weight = self.draft.fc.weight
-        self._store = KeyValueStore({LAYER: self._key_values}, slots, columns, weight.device)
-        self._states = weight.new_zeros(slots, columns, self.draft.config.hidden_size)
-
-    @property
-    def store(self) -> KeyValueStore:
-        assert self._store is not None, "allocate comes first"
-        return self._store
+        super().allocate(slots, columns)
+        # [slots, columns, hidden]; zero, thus finite, until written
+        self._states = self.draft.fc.weight.new_zeros(slots, columns, self.draft.config.hidden_size)
 
     def observe(self, span: Span, ids: Tensor, features: Tensor) -> None:
         self._states[span.slot_of, span.positions] = self.draft.context_states(features)
@@ -100,9 +67,9 @@ class Eagle3Proposer:
         return Proposal(torch.cat(tokens, dim=1), drawn_from, None)
 
     def move(self, source: int, destination: int, length: int) -> None:
-        self.store.move(source, destination, length)
+        super().move(source, destination, length)
         self._states[destination, :length] = self._states[source, :length]
 
     def clear(self, slot: int) -> None:
-        self.store.clear(slot)
+        super().clear(slot)
         self._states[slot].zero_()

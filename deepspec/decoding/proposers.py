@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from deepspec.kernels.dispatch import runs_in_triton
 from deepspec.kernels.rms_norm import fuse_norms
 from deepspec.targets import Target
 from deepspec.targets.layers import KeyValueShape
+
+Draft = TypeVar("Draft", bound=DraftModel)
 
 
 @dataclass(frozen=True)
@@ -78,29 +80,10 @@ class Proposer(Protocol):
         """Forget a slot whose row was not finite."""
 
 
-def check_fits(draft: DraftModel, target: Target, *, allow_other_target: bool) -> None:
-    """Refuse a draft that was not made for this target.
+class DraftProposer(Generic[Draft]):
+    """What the proposers of trained drafts have in common: the checked draft, and keys and values of its layers."""
 
-    Args:
-        allow_other_target: one of other weights but the same shape will do.
-
-    Raises:
-        ConfigError: it was not.
-    """
-    if not allow_other_target:
-        check_target(draft, target)
-    deepest = max(draft.target_layer_ids)
-    if deepest >= target.num_layers:
-        raise ConfigError(
-            f"this draft reads layers up to {deepest}, but target {target.name_or_path} has {target.num_layers} "
-            "(numbered from 0); load the target it was trained for"
-        )
-
-
-class DSparkProposer:
-    """DSpark and DFlash: one parallel pass of the backbone, then the sequential head token by token."""
-
-    def __init__(self, draft: DSparkModel, target: Target, *, allow_other_target: bool = False):
+    def __init__(self, draft: Draft, target: Target, *, allow_other_target: bool = False):
         """
         Args:
             allow_other_target: one of other weights but the same shape will do.
@@ -108,7 +91,7 @@ class DSparkProposer:
         Raises:
             ConfigError: the draft was not made for this target.
         """
-        check_fits(draft, target, allow_other_target=allow_other_target)
+        _check_fits(draft, target, allow_other_target=allow_other_target)
         self.draft = draft.eval()
         if draft.fc.weight.is_cuda:
             fuse_norms(draft)
@@ -132,6 +115,28 @@ class DSparkProposer:
         assert self._store is not None, "allocate comes first"
         return self._store
 
+    def move(self, source: int, destination: int, length: int) -> None:
+        self.store.move(source, destination, length)
+
+    def clear(self, slot: int) -> None:
+        self.store.clear(slot)
+
+
+def _check_fits(draft: DraftModel, target: Target, *, allow_other_target: bool) -> None:
+    """Raises ConfigError: see `DraftProposer`."""
+    if not allow_other_target:
+        check_target(draft, target)
+    deepest = max(draft.target_layer_ids)
+    if deepest >= target.num_layers:
+        raise ConfigError(
+            f"this draft reads layers up to {deepest}, but target {target.name_or_path} has {target.num_layers} "
+            "(numbered from 0); load the target it was trained for"
+        )
+
+
+class DSparkProposer(DraftProposer[DSparkModel]):
+    """DSpark and DFlash: one parallel pass of the backbone, then the sequential head token by token."""
+
     def observe(self, span: Span, ids: Tensor, features: Tensor) -> None:
         context = self.draft.project_context(features[None])
         for layer, (keys, values) in enumerate(self.draft.context_key_values(context, span.positions[None])):
@@ -151,12 +156,6 @@ class DSparkProposer:
         hidden = self.draft.draft_block(anchors, positions, context)[:, :length]
         tokens, distribution = draw_block(self.draft, anchors, hidden, settings, uniform)
         return Proposal(tokens, distribution, self._confidences(anchors, hidden, tokens))
-
-    def move(self, source: int, destination: int, length: int) -> None:
-        self.store.move(source, destination, length)
-
-    def clear(self, slot: int) -> None:
-        self.store.clear(slot)
 
     def _confidences(self, anchors: Tensor, hidden: Tensor, tokens: Tensor) -> Tensor | None:
         if self.draft.confidence_head is None:

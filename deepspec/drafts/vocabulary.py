@@ -94,11 +94,13 @@ class DraftVocabulary(nn.Module):
 
     def rows_of(self, table: Tensor) -> Tensor:
         """Of a table with a row or column for every token of the target, those of the kept: [vocab, ...]"""
-        return table if self.kept_tokens is None else table[self.kept_tokens.to(table.device)]
+        kept = self.kept_tokens
+        return table if kept is None else table[kept.to(table.device)]
 
     def over_target(self, probabilities: Tensor) -> Tensor:
         """With zeros for what the draft cannot propose: [..., rows] -> [..., vocab]"""
-        if self.kept_tokens is None:
+        kept = self.kept_tokens
+        if kept is None:
             return probabilities
         everywhere = probabilities.new_zeros(*probabilities.shape[:-1], len(self.t2d))
-        return everywhere.index_copy_(-1, self.kept_tokens, probabilities)
+        return everywhere.index_copy_(-1, kept, probabilities)

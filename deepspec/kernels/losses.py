@@ -346,6 +346,18 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor, summand: Tensor | None =
         out.add_(summand)
 
 
+def _cached_rows(logits: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """So many rows at a time that what is done with them finds them in a cache, and two buffers of their shape."""
+    rows, vocab = logits.shape
+    cores = torch.get_num_threads() if logits.device.type == "cpu" else 1
+    cached = CACHED_ELEMENTS.get(logits.device.type, CACHED_ELEMENTS["cuda"])
+    step = min(rows, cores * max(1, cached // vocab))
+    first, second = logits.new_empty(2, step, vocab)
+    for start in range(0, rows, step):
+        some = slice(start, min(start + step, rows))
+        yield some, first[: some.stop - start], second[: some.stop - start]
+
+
 def losses_of_rows(
     logits: Tensor,
     target_logits: Tensor | None,
@@ -368,14 +380,7 @@ def losses_of_rows(
         ce, l1: [rows], filled; l1 only with target logits.
         gradient: [rows, vocab], filled with that of weights * (ce_scale * ce + tv_scale * l1); may be `logits` itself.
     """
-    rows, vocab = logits.shape
-    cores = torch.get_num_threads() if logits.device.type == "cpu" else 1
-    cached = CACHED_ELEMENTS.get(logits.device.type, CACHED_ELEMENTS["cuda"])
-    step = min(rows, cores * max(1, cached // vocab))
-    all_p, all_q = logits.new_empty(2, step, vocab)
-    for start in range(0, rows, step):
-        some = slice(start, min(start + step, rows))
-        p, q = all_p[: some.stop - start], all_q[: some.stop - start]
+    for some, p, q in _cached_rows(logits):
         z, target, weight = logits[some], targets[some, None], weights[some, None]
         ce_weight = ce_scale * weight * (target >= 0)
         target = target.clamp(min=0)
@@ -421,14 +426,7 @@ def soft_losses_of_rows(
     Args:
         known: columns before that of all other tokens, if there is one.
     """
-    rows, vocab = logits.shape
-    cores = torch.get_num_threads() if logits.device.type == "cpu" else 1
-    cached = CACHED_ELEMENTS.get(logits.device.type, CACHED_ELEMENTS["cuda"])
-    step = min(rows, cores * max(1, cached // vocab))
-    all_p, all_q = logits.new_empty(2, step, vocab)
-    for start in range(0, rows, step):
-        some = slice(start, min(start + step, rows))
-        p, q = all_p[: some.stop - start], all_q[: some.stop - start]
+    for some, p, q in _cached_rows(logits):
         z, weight = logits[some], weights[some, None]
         torch.softmax(target_logits[some], -1, out=q)
         mass = q[:, :known].sum(-1, keepdim=True)
@@ -439,7 +437,7 @@ def soft_losses_of_rows(
         l1[some] = torch.abs(difference, out=z).sum(-1)
         if gradient is None:
             continue
-        torch.mul(difference.addcmul(p, mass - 1), ce_scale * weight, out=z)
+        torch.addcmul(difference, p, mass - 1, out=z).mul_(ce_scale * weight)
         if tv_scale:
             signed_p = difference.sign_().mul_(p)
             z.addcmul_(p, weight * signed_p.sum(-1, keepdim=True), value=-tv_scale)
