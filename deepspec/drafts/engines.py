@@ -45,20 +45,8 @@ class DraftKind(DraftSettings):
 
     @classmethod
     def of_fields(cls, fields: Mapping[str, Any]) -> DraftKind:
-        """Of a config.json in DeepSpec's own layout.
-
-        Raises:
-            ConfigError: it is not the config of a draft, or of one that DeepSpec does not have.
-        """
-        family = FAMILIES.get(str(fields.get("model_type")))
-        if family is None:
-            raise ConfigError(f"model_type={fields.get('model_type')}: a draft's is one of {', '.join(FAMILIES)}")
-        try:
-            config = uniform_layers(family.config_class.from_dict(dict(fields)))
-            return cls.of(config)
-        except (StrictDataclassError, TypeError, AttributeError, KeyError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise ConfigError(f"a field is missing or wrong ({type(error).__name__}: {reason})") from error
+        """Raises ConfigError: see `config_of_fields`."""
+        return cls.of(config_of_fields(fields))
 
     @property
     def is_fill_in(self) -> bool:
@@ -72,6 +60,24 @@ class DraftKind(DraftSettings):
     @property
     def head_rows(self) -> int:
         return self.draft_vocab_size or self.vocab_size
+
+
+def config_of_fields(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of a config.json in DeepSpec's own layout.
+
+    Raises:
+        ConfigError: it is not the config of a draft, or of one that DeepSpec does not have.
+    """
+    family = FAMILIES.get(str(fields.get("model_type")))
+    if family is None:
+        raise ConfigError(f"model_type={fields.get('model_type')}: a draft's is one of {', '.join(FAMILIES)}")
+    try:
+        config = uniform_layers(family.config_class.from_dict(dict(fields)))
+        DraftKind.of(config)
+        return config
+    except (StrictDataclassError, TypeError, AttributeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ConfigError(f"a field is missing or wrong ({type(error).__name__}: {reason})") from error
 
 
 def vllm_limits(kind: DraftKind) -> list[str]:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from deepspec.checkpoints import DRAFT, newest_checkpoint
 from deepspec.config import ConfigError
 from deepspec.drafts.base import LENT, DraftModel, TargetWeights
-from deepspec.drafts.building import draft_class
+from deepspec.drafts.building import draft_class, expected_shapes, shape_problems
 from deepspec.drafts.configuration import DraftSettings, known_architectures, uniform_layers
 from deepspec.files import download_model, weight_files
 from deepspec.text import some
@@ -195,14 +195,13 @@ def _same_weights(ours: Tensor, theirs: Tensor) -> bool:
     return torch.allclose(ours.detach().bfloat16().cpu(), theirs.detach().bfloat16().cpu(), rtol=2**-7)
 
 
-def _check_tensors(folder: Path, config: PreTrainedConfig) -> dict[str, list[int]]:
+def _check_tensors(folder: Path, config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """Compare names and shapes in the files with what the config needs. Reads headers, no weights.
 
     Returns:
         The shapes of what is not there of the target's own weights.
     """
-    with torch.device("meta"):
-        expected = {name: list(t.shape) for name, t in draft_class(config)(config).state_dict().items()}
+    expected = expected_shapes(config)
     stored: dict[str, list[int]] = {}
     for file in weight_files(folder):
         try:
@@ -210,16 +209,6 @@ def _check_tensors(folder: Path, config: PreTrainedConfig) -> dict[str, list[int
                 stored |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file}: damaged or incomplete ({error}); copy or download it again") from error
-    lacking = {name: expected[name] for name in LENT if name not in stored}
-    if missing := sorted(expected.keys() - stored.keys() - lacking.keys()):
-        raise ValueError(f"{folder}: tensors missing for its config.json: {some(missing)}")
-    if unknown := sorted(stored.keys() - expected.keys()):
-        raise ValueError(f"{folder}: tensors that its config.json does not know: {some(unknown)}")
-    wrong = [
-        f"{name} is {stored[name]}, expected {shape}"
-        for name, shape in sorted(expected.items())
-        if name not in lacking and stored[name] != shape
-    ]
-    if wrong:
-        raise ValueError(f"{folder}: shapes do not fit its config.json: {some(wrong)}")
-    return lacking
+    if problems := shape_problems(stored, expected, optional=LENT):
+        raise ValueError(f"{folder}: {problems[0]}")
+    return {name: expected[name] for name in LENT if name not in stored}

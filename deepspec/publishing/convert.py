@@ -22,7 +22,7 @@ from deepspec.publishing.layout import (
     EMBEDDING,
     HEAD,
     TARGET_TO_DRAFT,
-    expected_shapes,
+    shapes_of_fields,
     tensor_problems,
 )
 from deepspec.publishing.reading import read_folder
@@ -128,7 +128,7 @@ def open_draft(path: Path, known: Config | None = None) -> OpenedDraft:
     try:
         config = its_format.from_config((known or {}) | folder.config)
         kind = _kind_of(config)
-        expected = expected_shapes(config, kind)
+        expected = shapes_of_fields(config)
         ours = {theirs: name for name, theirs in its_format.renamed.items()}
         tensors = {ours.get(name, name): tensor for name, tensor in folder.tensors.items()}
         tensors = _with_vocabulary(kind, tensors)
@@ -231,7 +231,7 @@ def _from_target(
             f"{recorded} with {str(fingerprint)[:12]}"
         )
     weights = {EMBEDDING: head.embedding_weight, HEAD: head.head_weight}
-    expected = expected_shapes(config, draft.kind)
+    expected = shapes_of_fields(config)
     for name in missing:
         if tuple(weights[name].shape) != expected[name]:
             raise PublishError(

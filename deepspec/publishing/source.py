@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from deepspec.checkpoints import TRAINER_STATE, CheckpointError, list_checkpoints, read_trainer_state, verify_checkpoint
 from deepspec.decoding.calibration import CALIBRATION_FILE
+from deepspec.drafts.base import LENT
 from deepspec.drafts.loading import load_draft
 from deepspec.files import INDEX_FILE, SINGLE_FILE
 from deepspec.publishing.errors import PublishError
@@ -54,8 +55,7 @@ def find_source(path: str | Path) -> DraftSource:
     for name, parameter in draft.named_parameters():
         if not torch.isfinite(parameter).all():
             raise PublishError(f"{folder}: {name} contains NaN or infinity. {_other_checkpoints(folder)}")
-    frozen = {"embed_tokens.weight", "lm_head.weight"}
-    parameters = sum(weight.numel() for name, weight in draft.named_parameters() if name not in frozen)
+    parameters = sum(weight.numel() for name, weight in draft.named_parameters() if name not in LENT)
     return DraftSource(folder, files, draft.config, parameters, step, _training_settings(folder))
 
 

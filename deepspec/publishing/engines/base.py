@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
+from deepspec.drafts.base import LENT
 from deepspec.drafts.engines import DraftKind, limits_of
 from deepspec.drafts.shapes import KEPT_ROPE_TYPES
 from deepspec.publishing.convert import BUILTIN, OpenedDraft
@@ -150,7 +151,7 @@ def check_rope(config: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def check_embedding(draft: OpenedDraft) -> Iterator[Finding]:
-    stored = [name for name in ("embed_tokens.weight", "lm_head.weight") if name in draft.tensors]
+    stored = [name for name in LENT if name in draft.tensors]
     yield fine(f"stored: {', '.join(stored)}" if stored else "embedding and head are taken from the target")
 
 
