@@ -17,6 +17,11 @@ from deepspec.training.anchors import SlotLabels, loss_divisor
 from deepspec.training.metrics import acceptance_sums
 
 
+def compares_distributions(draft: DraftModel, loss: LossConfig) -> bool:
+    """Whether the loss needs the target's probabilities, not only the true tokens."""
+    return loss.tv > 0 or draft.confidence_head is not None or draft.soft_labels
+
+
 def draft_objective(
     draft: DraftModel,
     hidden: Tensor,
@@ -46,7 +51,7 @@ def draft_objective(
         with a confidence head and target probabilities; with metrics also those of `acceptance_sums` and
         `confidence_abs_error`, `confidence_bias`. Keys do not depend on the batch.
     """
-    needs_target = with_metrics or loss.tv > 0 or draft.confidence_head is not None or draft.soft_labels
+    needs_target = with_metrics or compares_distributions(draft, loss)
     weights = labels.weights
     states = hidden.flatten(0, 2)[labels.slots]
     latents = None

@@ -34,7 +34,7 @@ from deepspec.training.frozen import hold_target_weights_as_buffers
 from deepspec.training.interrupt import StopRequest
 from deepspec.training.meter import Meter, StepCount
 from deepspec.training.metrics import add_sums, summarize
-from deepspec.training.objective import DraftTrainingModule
+from deepspec.training.objective import DraftTrainingModule, compares_distributions
 from deepspec.training.optimizer_state import whole_shape
 from deepspec.training.report import Reporter
 from deepspec.training.resume import Start
@@ -306,11 +306,11 @@ class Trainer:
         yield from ahead
 
     def _build_meter(self) -> Meter:
-        loss, draft = self.config.train.loss, self.materials.draft
+        draft = self.materials.draft
         flops = StepFlops(
             draft,
             self.materials.features.flops_per_token,
-            needs_target_logits=loss.tv > 0 or draft.confidence_head is not None or draft.soft_labels,
+            needs_target_logits=compares_distributions(draft, self.config.train.loss),
         )
         peak = peak_flops(self.accelerator.device) if self.config.train.mixed_precision == "bf16" else None
         return Meter(self.accelerator.device, flops, peak and peak * self.accelerator.num_processes)
